@@ -1,0 +1,29 @@
+# make demo    distil the shipped emoji teacher on a CPU and report (about 12 minutes after the installation)
+# make test    the tests            make lint    ruff and mypy            make clean    remove what was made
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade "pip>=24"
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[emoji,dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) -m tbcm.emoji.demo --out runs/demo
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,229 @@
+"""The typed configuration: YAML and key=value overrides in, a validated frozen model out (checked by pydantic)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from tbcm.errors import UserError
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Teacher(Section):
+    """The frozen network that is distilled, and its properties that no file states."""
+
+    path: str = Field(description="'emoji' (shipped), a diffusers folder, or a hub id")
+    revision: str | None = None
+    architecture: Literal["sana-600m", "sana-1600m", "emoji", "tiny"] | None = Field(
+        None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
+    )
+    precision: Precision = Field("auto", description="dtype of the frozen weights; auto: bf16 on CUDA, fp32 on a CPU")
+    null_mask: Literal["conditional", "own"] = Field(
+        "conditional",
+        description="the mask of the unconditional branch: the prompt's (Sana's caption dropout kept it) or its own",
+    )
+    t_max: Annotated[float, Field(gt=0, le=1.5707964)] = Field(
+        1.5707963267948966, description="where generation starts"
+    )
+    image_size: PositiveInt = 1024
+
+
+class Text(Section):
+    encoder: Literal["minilm", "gemma2"] = "gemma2"
+    path: str | None = Field(
+        None, description="folder or hub id with tokenizer/ and text_encoder/; default: the teacher's"
+    )
+    max_tokens: PositiveInt = 300
+    precision: Precision = "auto"
+
+
+class Data(Section):
+    prompts: str = Field(description="'emoji' (shipped) or a .txt, .jsonl, .csv or .parquet file")
+    column: str = Field("prompt", description="the column of the prompts (.jsonl, .csv, .parquet)")
+
+
+class Route(Section):
+    kind: Literal["reference", "logit_normal", "random"] = "reference"
+    points: Annotated[int, Field(ge=2)] = 16
+    per_prompt: bool = Field(False, description="a route for each prompt instead of one a step")
+    shift: PositiveFloat = 2.5
+    train_timesteps: PositiveInt = 1000
+    p_mean: float = 0.2
+    p_std: PositiveFloat = 1.6
+
+
+class R(Section):
+    warmup_steps: NonNegativeInt = 4000
+    final: Annotated[float, Field(gt=0, le=1)] = 0.75
+    cooldown_start: NonNegativeInt | None = Field(15000, description="null: warm up straight to `final`")
+    cooldown_steps: NonNegativeInt = 2000
+
+
+class Method(Section):
+    sigma_data: PositiveFloat = 0.5
+    route: Route = Route()
+    guidance: Annotated[list[float], Field(min_length=1)] = Field([4.0, 4.5, 5.0], description="drawn from per prompt")
+    brightness_threshold: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of the brightness filter; 0 turns it off"
+    )
+    r: R = R()
+    tangent_c: PositiveFloat = 0.1
+
+
+class Student(Section):
+    precision: Precision = Field("auto", description="of the computation; weights stay fp32")
+    tangent: Literal["one_pass", "two_pass"] = "one_pass"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "came"] = "came"
+    lr: PositiveFloat = 1e-5
+    betas: list[float] | None = Field(None, description="default: (0.9, 0.99) for adamw, (0.9, 0.999, 0.9999) for came")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: PositiveFloat = Field(0.1, description="gradients are clipped to this norm")
+    warmup_steps: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _betas(self) -> Self:
+        wanted = {"adamw": 2, "came": 3}[self.name]
+        if self.betas is not None and (len(self.betas) != wanted or not all(0 <= b < 1 for b in self.betas)):
+            raise ValueError(f"{self.name} takes {wanted} betas in [0, 1)")
+        return self
+
+
+class Ema(Section):
+    kind: Literal["power", "halflife"] = "power"
+    sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] = Field(0.1, description="power: relative width of the average")
+    halflife_steps: PositiveFloat = Field(50.0, description="halflife: steps until a weight counts half")
+
+
+class Train(Section):
+    steps: PositiveInt = 20000
+    max_minutes: PositiveFloat | None = Field(None, description="stop (and save) after so many minutes of training")
+    seed: NonNegativeInt = 0
+    prompts_per_step: PositiveInt = Field(32, description="over all ranks; accumulation follows from it")
+    prompts_per_rollout: PositiveInt | None = Field(
+        None, description="prompts a rank rolls out at once; default: all of its own"
+    )
+    points_per_micro_batch: PositiveInt | None = Field(
+        None, description="route points a student forward takes of each prompt in the rollout; default: all"
+    )
+    max_non_finite: PositiveInt = Field(20, description="non-finite updates in a row that stop the run")
+
+
+class Log(Section):
+    every: PositiveInt = 20
+    preview_every: NonNegativeInt = Field(1000, description="steps between image sheets; 0: none, and no VAE is loaded")
+    preview_prompts: list[str] = Field(default_factory=list, description="default: the first eight of the prompt file")
+
+
+class Checkpoint(Section):
+    every: PositiveInt = 1000
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+
+
+class Config(Section):
+    """A run. `python -m tbcm.train CONFIG --print-config` prints it resolved."""
+
+    out: str
+    teacher: Teacher
+    data: Data
+    text: Text = Text()
+    method: Method = Method()
+    student: Student = Student()
+    optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
+    train: Train = Train()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which 1e-5 is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML: {error}") from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML.
+
+    Raises UserError, one line naming key, value and what is allowed, before anything else is touched.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the configuration is not UTF-8 text") from None
+    tree = _yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is a mapping of sections, such as `train:`")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: write section.key=value, such as train.steps=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {}) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"override {override!r}: {'.'.join(sections)} holds a value, not a section")
+    tree[last] = _yaml(value, f"override {override!r}")
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r} (value {error['input']!r}); allowed here: {', '.join(_siblings(error['loc']))}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key} = {error['input']!r}: should be {message}" if key else message
+
+
+def _siblings(location: tuple[str | int, ...]) -> list[str]:
+    model: Any = Config
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)

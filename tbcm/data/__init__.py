@@ -1,0 +1,1 @@
+"""What a run reads: prompts and cached embeddings; latents for the baselines only."""

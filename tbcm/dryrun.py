@@ -1,0 +1,163 @@
+"""`tbcm.train CONFIG --dry-run`: build everything, take one step, say what it costs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tbcm.accounting import FlopCounter, MemoryCounter
+from tbcm.build import Parts, build_parts, build_student, dtype_of, pipeline_of
+from tbcm.config import Config
+from tbcm.errors import UserError
+from tbcm.models.loading import FLOW_STEPS, freeze
+from tbcm.models.presets import COMPRESSION, GEMMA_2_2B, MINILM, SANA
+from tbcm.models.sana import SanaTrigFlow
+from tbcm.rollouts import TextConditions
+from tbcm.runtime import distributed
+from tbcm.trainer import Trainer, peak_memory_gib
+
+INSTRUCTION_TOKENS = 200
+"""About what Sana's instruction adds to a prompt of Gemma tokens."""
+
+
+def dry_run(config: Config, device_name: str | None) -> None:
+    """Takes one step of the configured run and prints parameters, FLOPs and peak memory.
+
+    With a GPU the step is real. Without one it runs on tensors without data (PyTorch's meta device, behind fake
+    tensors), which is quick at any size; FLOPs are exact and memory is then the sum of live tensors, not a measurement.
+    Where the teacher is not on this machine its architecture gets random weights, which cost the same.
+    """
+    device = distributed.init(device_name)
+    parts, source = _parts_or_random(config, device) if device.type == "cuda" else (None, "random weights")
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            config = _as_on_a_gpu(config)
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        memory = stack.enter_context(MemoryCounter())
+        trainer = Trainer(config, device, parts or random_parts(config, device))
+        resident = memory.live
+        started = time.monotonic()
+        with FlopCounter() as flops:
+            trainer.train_step()
+        seconds = time.monotonic() - started
+        peak = memory.peak / 2**30
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        measured = (
+            f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)}; {seconds:.1f} s)"
+        )
+    else:
+        measured = (
+            f"{peak:.2f} GiB (accounted, not measured: live tensors on the meta device, in the precision of a GPU;"
+            f" {resident / 2**30:.2f} GiB of it resident)"
+        )
+    print(report(config, trainer, source, flops.total, measured))
+
+
+def report(config: Config, trainer: Trainer, source: str, flops: int, memory: str) -> str:
+    encoder = getattr(trainer.text.encoder, "model", None)
+    tera, world = flops / 1e12, distributed.world_size()
+    lines = {
+        "teacher": f"{_parameters(trainer.teacher)}, {source} ({config.teacher.path})",
+        "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
+        "text encoder": f"{_parameters(encoder) if encoder is not None else 'none'} ({config.text.encoder})",
+        "step": (
+            f"{config.train.prompts_per_step} prompts x {config.method.route.points} route points ="
+            f" {trainer.samples_per_step} samples optimised; {world} rank(s) of"
+            f" {trainer.rollouts.batches} rollout(s)"
+        ),
+        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / trainer.samples_per_step:.4g} a sample)",
+        "peak memory": memory,
+    }
+    return "\n".join(f"{name:>14}: {value}" for name, value in lines.items())
+
+
+def _parts_or_random(config: Config, device: torch.device) -> tuple[Parts, str]:
+    try:
+        return build_parts(config, device), "loaded"
+    except UserError as error:
+        if config.teacher.architecture is None:
+            raise
+        logging.getLogger("tbcm").warning("%s; taking random weights of %s", error, config.teacher.architecture)
+        return random_parts(config, device), "random weights"
+
+
+def random_parts(config: Config, device: torch.device) -> Parts:
+    """The parts of a run with random weights: of `teacher.architecture`, or of the teacher's own configuration."""
+    if config.teacher.architecture is None:
+        arguments = pipeline_of(config).config("transformer", SanaTransformer2DModel)
+        scale, compression = pipeline_of(config).timestep_scale, 32
+    else:
+        arguments = SANA[config.teacher.architecture]
+        scale, compression = FLOW_STEPS * arguments["timestep_scale"], COMPRESSION[config.teacher.architecture]
+    with torch.device(device):
+        with _default_dtype(dtype_of(config.teacher.precision, device)):
+            backbone = SanaTransformer2DModel.from_config(arguments)
+        teacher = SanaTrigFlow(backbone, timestep_scale=scale, differentiable=False)
+        freeze(teacher)
+        size = config.teacher.image_size // compression
+        black = torch.zeros(arguments["in_channels"], size, size)
+        encoder = RandomEncoder(config, arguments["caption_channels"], device)
+    text = TextConditions(encoder, config.teacher.null_mask)
+    prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
+    return Parts(teacher, build_student(config, teacher), text, prompts, black)
+
+
+class RandomEncoder:
+    """A text encoder of the configured kind with random weights: costs what the real one costs, says nothing."""
+
+    def __init__(self, config: Config, dim: int, device: torch.device) -> None:
+        self.dim, self.max_tokens, self.device = dim, config.text.max_tokens, device
+        with _default_dtype(dtype_of(config.text.precision, device)):
+            self.model: nn.Module = _text_model(config.text.encoder)
+        freeze(self.model)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
+        length = self.max_tokens + (INSTRUCTION_TOKENS if instruct and self.dim == GEMMA_2_2B["hidden_size"] else 0)
+        ids = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
+        states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        mask = torch.ones(len(prompts), self.max_tokens, dtype=torch.bool, device=self.device)
+        return states[:, : self.max_tokens].float(), mask
+
+
+def _text_model(name: str) -> nn.Module:
+    from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
+
+    if name == "gemma2":
+        return Gemma2Model(Gemma2Config(**GEMMA_2_2B))
+    return BertModel(BertConfig(**MINILM))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have weights of `dtype`: a conversion afterwards would cost memory that a run never needs."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _as_on_a_gpu(config: Config) -> Config:
+    """Where a precision is auto, what it would be on a GPU."""
+
+    def bf16(section: object) -> object:
+        auto = section.precision == "auto"
+        return section.model_copy(update={"precision": "bf16"}) if auto else section  # type: ignore[attr-defined]
+
+    update = {name: bf16(getattr(config, name)) for name in ("teacher", "text", "student")}
+    return config.model_copy(update=update)
+
+
+def _parameters(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:,.1f} M parameters"

@@ -1,0 +1,190 @@
+"""`make demo`: distil the shipped emoji teacher for a few minutes on a CPU, and measure what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tbcm.build import build_parts, pipeline_of
+from tbcm.config import Config, load_config
+from tbcm.emoji.dataset import read_atlas
+from tbcm.errors import UserError, command
+from tbcm.generation import Sampler, middle
+from tbcm.images import save_png, sheet
+from tbcm.metrics import features, fid, kid, split
+from tbcm.runtime.files import RunLock, atomic_path, write_json
+from tbcm.runtime.log import setup_logging
+from tbcm.trainer import Trainer
+
+SHEET_PROMPTS = (
+    "red panda, noto",
+    "pizza, fluent emoji",
+    "red heart, noto",
+    "sunflower, noto v1",
+    "rocket, fluent emoji flat",
+    "grinning face, noto",
+    "tropical fish, fluent emoji",
+    "umbrella, noto v1",
+    "snowman, fluent emoji flat",
+    "hamburger, noto",
+)
+TEACHER_STEPS = 20
+
+
+def assets() -> Path:
+    return Path(str(resources.files("tbcm.emoji") / "assets"))
+
+
+class Arms:
+    """Everything that is compared: name -> images for given prompts."""
+
+    def __init__(self, config: Config, trainer: Trainer) -> None:
+        def sampler(teacher: bool) -> Sampler:
+            return Sampler(
+                trainer.teacher if teacher else trainer.student,
+                trainer.text,
+                pipeline_of(config),
+                trainer.parts.black.shape,
+                teacher=teacher,
+                sigma_data=config.method.sigma_data,
+                t_max=config.teacher.t_max,
+                guidance=middle(config.method.guidance),
+                batch=64,
+            )
+
+        self.student, self.teacher = sampler(False), sampler(True)
+
+    def __call__(self, arm: str, prompts: list[str], seed: int) -> Tensor:
+        kind, steps = arm.rsplit("_", 1)
+        return (self.teacher if kind == "teacher" else self.student)(prompts, steps=int(steps), seed=seed)
+
+
+def run(config: Config, out: Path, images: int) -> dict[str, Any]:
+    """Measures the untrained student and the teacher, trains, measures again. Returns the report."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(config, device, build_parts(config, device))
+    arms = Arms(config, trainer)
+    captions = [row["caption"] for row in json.loads((assets() / "real.json").read_text(encoding="utf-8"))["images"]]
+    prompts = [captions[i * len(captions) // images] for i in range(images)]
+    rows: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+
+    def measure(arm: str, name: str) -> None:
+        # The teacher's reference has noise of its own: a student is compared with the distribution, not the sample.
+        seed = 1 if arm == f"teacher_{TEACHER_STEPS}" else 0
+        found[name] = features(arms(arm, prompts, seed), device=device)
+        rows[name] = arms(arm, list(SHEET_PROMPTS), seed=0)
+        progress.update()
+
+    with tqdm(total=7, desc="measuring", unit="arm", disable=None) as progress:
+        found["real"] = features(read_atlas(assets() / "real.webp", len(captions)), device=device)
+        progress.update()
+        measure("student_1", "before")
+        for steps in (1, 2, 4, TEACHER_STEPS):
+            measure(f"teacher_{steps}", f"teacher_{steps}")
+    started = time.monotonic()
+    stopped = trainer.run()
+    train_seconds = time.monotonic() - started
+    if stopped:
+        raise KeyboardInterrupt
+    with trainer.ema.swap(trainer.student), tqdm(total=3, desc="measuring", unit="arm", disable=None) as progress:
+        for steps in (1, 2, 4):
+            measure(f"student_{steps}", f"after_{steps}")
+    order = [
+        "before",
+        "after_1",
+        "after_2",
+        "after_4",
+        "teacher_1",
+        "teacher_2",
+        "teacher_4",
+        f"teacher_{TEACHER_STEPS}",
+    ]
+    picture = sheet([(_label(name), rows[name]) for name in order], list(SHEET_PROMPTS))
+    save_png(picture, out / "sheet.png")
+    return _report(found, images, train_seconds, trainer.step, out / "sheet.png")
+
+
+def _label(name: str) -> str:
+    kind, _, steps = name.partition("_")
+    if kind == "before":
+        return "student before, 1 step"
+    plural = "s" if int(steps) > 1 else ""
+    return f"{'student after' if kind == 'after' else 'teacher'}, {steps} step{plural}"
+
+
+def _report(found: dict[str, Tensor], images: int, seconds: float, steps: int, sheet_path: Path) -> dict[str, Any]:
+    """KID x 1e3 (unbiased; lead with it) and FID, on EfficientNet-Lite0 features."""
+    real, guided = found["real"], found[f"teacher_{TEACHER_STEPS}"]
+    one, other = split(real, min(images, len(real) // 2))
+
+    def against(reference: Tensor, name: str) -> float:
+        return round(1e3 * kid(found[name], reference), 3)
+
+    return {
+        "kid_before": against(real, "before"),
+        "kid_after": against(real, "after_1"),
+        "kid_teacher": against(real, f"teacher_{TEACHER_STEPS}"),
+        "kid_teacher_one_step": against(real, "teacher_1"),
+        "kid_to_teacher_before": against(guided, "before"),
+        "kid_to_teacher_after": against(guided, "after_1"),
+        "kid_to_teacher_after_two_steps": against(guided, "after_2"),
+        "kid_to_teacher_after_four_steps": against(guided, "after_4"),
+        "kid_to_teacher_of_teacher_one_step": against(guided, "teacher_1"),
+        "kid_to_teacher_of_teacher_two_steps": against(guided, "teacher_2"),
+        "kid_to_teacher_of_teacher_four_steps": against(guided, "teacher_4"),
+        "kid_real_floor": round(1e3 * kid(one, other), 3),
+        "fid_before": round(fid(found["before"], real), 2),
+        "fid_after": round(fid(found["after_1"], real), 2),
+        "fid_teacher": round(fid(guided, real), 2),
+        "fid_real_floor": round(fid(one, other), 2),
+        "n_images": images,
+        "n_real": len(real),
+        "train_seconds": round(seconds, 1),
+        "train_steps": steps,
+        "sheet": str(sheet_path),
+    }
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tbcm.emoji.demo", description=__doc__)
+    parser.add_argument("--config", default="configs/emoji.yaml")
+    parser.add_argument("--out", default="runs/demo", help="folder for report, sheet and run; an old one is replaced")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="training time; 0: the configuration's own number of steps"
+    )
+    parser.add_argument("--images", type=int, default=500, help="images an arm is measured on (2 to 2,400)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    if not 2 <= arguments.images <= 2400:
+        raise UserError(f"--images {arguments.images}: give 2 to 2400, the number of real images shipped")
+    out = Path(arguments.out)
+    demo = [f"out={out / 'run'}"]
+    if arguments.minutes > 0:
+        demo += [f"train.max_minutes={arguments.minutes}"]
+    config = load_config(arguments.config, demo + arguments.overrides)
+    setup_logging()
+    with RunLock(out):
+        if (out / "run").exists():
+            shutil.rmtree(out / "run")
+        report = run(config, out, arguments.images)
+        with atomic_path(Path(config.out) / "config.yaml") as part:
+            part.write_text(config.to_yaml(), encoding="utf-8")
+        write_json(out / "report.json", report)
+    print(f"sheet: {report['sheet']}")
+    print(", ".join(f"{key} {value}" for key, value in report.items() if key != "sheet"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A run's student as a diffusers pipeline: python -m tbcm.export RUN OUT"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from tbcm.errors import UserError, command
+
+EPILOG = """
+The folder loads with plain diffusers:
+  pipe = diffusers.SanaSprintPipeline.from_pretrained(OUT)
+  pipe("a red panda", num_inference_steps=1, intermediate_timesteps=None)   # its default, 1.3, is for two steps only
+"""
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbcm.export",
+        description="Write a run's student as a folder that diffusers loads as SanaSprintPipeline.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="the `out` folder of a training run")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
+    parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
+    arguments = parser.parse_args()
+    from tbcm.student import export
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
+    out = Path(arguments.out)
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another folder or remove it")
+    export(arguments.run, out, dtype=dtype, average=arguments.weights == "ema")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What flows through a training step. Shapes: P prompts, N route points, B = P * n samples, prompt-major."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a backbone knows of its prompts: named tensors that all lead with P.
+
+    A batch of B samples is prompt-major: sample b belongs to prompt b // (B / P), so that a prompt's text is held, and
+    projected, once however many route points share it.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, prompts: slice) -> Condition:
+        return Condition({k: v[prompts] for k, v in self.tensors.items()})
+
+    def expand(self, prompts: int) -> Condition:
+        """A single prompt's condition, repeated (without copying) for P prompts."""
+        return Condition({k: v.expand(prompts, *v.shape[1:]) for k, v in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Condition:
+        return Condition({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
+
+    @staticmethod
+    def cat(*conditions: Condition) -> Condition:
+        return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A teacher's generation trajectories, all fp32 (paper Algorithm 1).
+
+    x [P, N, C, H, W] states x_t; dxdt [P, N, C, H, W] their velocity dx_t/dt; t [P, N] descending times in radians;
+    x0 [P, C, H, W] the end point in TrigFlow units; guidance [P].
+    """
+
+    x: Tensor
+    dxdt: Tensor
+    t: Tensor
+    x0: Tensor
+    guidance: Tensor
+
+    def points(self, select: slice) -> Trajectory:
+        """The route points `select` of every prompt."""
+        return Trajectory(self.x[:, select], self.dxdt[:, select], self.t[:, select], self.x0, self.guidance)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's answer: F [B, C, H, W] with graph, its directional derivative dF without, logvar [B] with graph."""
+
+    F: Tensor
+    dF: Tensor | None = None
+    logvar: Tensor | None = None
+
+
+class Network(Protocol):
+    """A network in TrigFlow coordinates: teacher, student and EMA student alike.
+
+    `u` [B, C, H, W] is x_t / sigma_data and `t` [B] the TrigFlow time, both fp32; `guidance` [B] the raw scale w, for
+    networks that embed it. With `tangents` = (du [B, C, H, W], dt [B]) the prediction carries
+    dF = (dF/du) du + (dF/dt) dt.
+    """
+
+    def __call__(
+        self,
+        u: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance: Tensor | None = None,
+        tangents: tuple[Tensor, Tensor] | None = None,
+    ) -> Prediction: ...

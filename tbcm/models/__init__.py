@@ -1,0 +1,1 @@
+"""Networks: backbones with tangents, text encoders, loading."""

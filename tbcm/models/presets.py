@@ -1,0 +1,85 @@
+"""Architectures by name, for dry runs and benchmarks without weights (random weights cost and weigh the same)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SANA = {
+    "in_channels": 32,
+    "out_channels": 32,
+    "attention_head_dim": 32,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "patch_size": 1,
+    "sample_size": 32,
+    "qk_norm": "rms_norm_across_heads",
+    "timestep_scale": 0.001,  # dense time: the network sees s in [0, 1], diffusers' schedulers count to 1,000
+}
+
+SANA: dict[str, dict[str, Any]] = {
+    "sana-600m": _SANA
+    | {
+        "num_layers": 28,
+        "num_attention_heads": 36,
+        "num_cross_attention_heads": 16,
+        "cross_attention_head_dim": 72,
+        "cross_attention_dim": 1152,
+    },
+    "sana-1600m": _SANA
+    | {
+        "num_layers": 20,
+        "num_attention_heads": 70,
+        "num_cross_attention_heads": 20,
+        "cross_attention_head_dim": 112,
+        "cross_attention_dim": 2240,
+    },
+    "emoji": _SANA
+    | {
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 6,
+        "num_attention_heads": 7,
+        "num_cross_attention_heads": 4,
+        "cross_attention_head_dim": 56,
+        "cross_attention_dim": 224,
+        "caption_channels": 384,
+        "patch_size": 2,
+        "sample_size": 8,
+    },
+    "tiny": _SANA
+    | {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "caption_channels": 24,
+        "sample_size": 8,
+    },
+}
+"""Arguments of diffusers' SanaTransformer2DModel, without a guidance embedding."""
+
+GEMMA_2_2B: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+"""Arguments of transformers' Gemma2Config for Sana's text encoder."""
+
+MINILM: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+"""Arguments of transformers' BertConfig for the emoji teacher's text encoder."""
+
+COMPRESSION = {"sana-600m": 32, "sana-1600m": 32, "emoji": 8, "tiny": 8}
+"""Pixels per latent, along one side."""

@@ -1,0 +1,154 @@
+"""Where training samples come from: the teacher's trajectories for a step's prompts, and all their random draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tbcm.config import Method, Route
+from tbcm.data.prompts import batch_indices
+from tbcm.method.brightness import keep_mask
+from tbcm.method.rollout import Velocity, embedded, guided, rollout
+from tbcm.method.route import logit_normal_route, random_route, reference_route
+from tbcm.method.types import Condition, Trajectory
+from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.text import TextEncoder, encode_null
+from tbcm.runtime.distributed import local_slice
+from tbcm.runtime.seeding import generator
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All randomness of P prompts in one step: standard-normal noise [P, C, H, W], route [P or 1, N] in radians,
+    guidance [P] and the filter's uniforms [P]."""
+
+    noise: Tensor
+    route: Tensor
+    guidance: Tensor
+    uniform: Tensor
+
+    def __getitem__(self, prompts: slice) -> Draws:
+        route = self.route if self.route.shape[0] == 1 else self.route[prompts]
+        return Draws(self.noise[prompts], route, self.guidance[prompts], self.uniform[prompts])
+
+
+def draw(
+    seed: int, step: int, prompts: int, shape: Sequence[int], method: Method, t_max: float, device: torch.device
+) -> Draws:
+    """The draws of the step's *global* batch: a function of (seed, step, position) and of nothing else.
+
+    Every rank draws them all and takes its slice, so the number of ranks does not change the run and no random state
+    has to be saved. (A CPU and a CUDA generator give different numbers.)
+    """
+
+    def stream(name: str) -> torch.Generator:
+        return generator(device, seed, step, name)
+
+    routes = prompts if method.route.per_prompt else 1
+    scales = torch.tensor(method.guidance, device=device)
+    choice = torch.randint(len(scales), (prompts,), generator=stream("guidance"), device=device)
+    return Draws(
+        noise=torch.randn(prompts, *shape, generator=stream("noise"), device=device),
+        route=draw_route(method.route, routes, t_max, method.sigma_data, stream("route")),
+        guidance=scales[choice],
+        uniform=torch.rand(prompts, generator=stream("filter"), device=device),
+    )
+
+
+def draw_route(route: Route, routes: int, t_max: float, sigma_data: float, source: torch.Generator) -> Tensor:
+    """`routes` routes of the configured kind, [routes, N]."""
+    size, options = (routes, route.points), {"generator": source, "device": source.device}
+    if route.kind == "logit_normal":
+        normal = torch.randn(size, **options)
+        return logit_normal_route(normal, t_max, sigma_data=sigma_data, mean=route.p_mean, std=route.p_std)
+    uniform = torch.rand(size, **options)
+    if route.kind == "random":
+        return random_route(uniform, t_max)
+    return reference_route(uniform, t_max, shift=route.shift, train_timesteps=route.train_timesteps)
+
+
+class TextConditions:
+    """Prompts -> Condition, and the unconditional branch that goes with it."""
+
+    def __init__(self, encoder: TextEncoder, null_mask: str) -> None:
+        self.encoder = encoder
+        self.null_mask = null_mask
+        embeds, mask = encode_null(encoder)
+        self._null = Condition({"embeds": embeds, "mask": mask})
+
+    def __call__(self, prompts: list[str]) -> Condition:
+        embeds, mask = self.encoder.encode(prompts)
+        return Condition({"embeds": embeds, "mask": mask})
+
+    def null(self, condition: Condition) -> Condition:
+        """The null prompt for each of P prompts: its embedding, under the prompt's mask or its own (`null_mask`)."""
+        null = self._null.expand(len(condition))
+        if self.null_mask == "own":
+            return null
+        return Condition({**null.tensors, "mask": condition.tensors["mask"]})
+
+
+def teacher_velocity(teacher: SanaTrigFlow, condition: Condition, null: Condition, guidance: Tensor) -> Velocity:
+    """The guided teacher: classifier-free guidance, or its own guidance embedding where it was distilled with one."""
+    if teacher.guidance_scale is not None:
+        return embedded(teacher, condition, guidance)
+    return guided(teacher, condition, null, guidance)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one rollout, ready to train on. `keep` [P] is the brightness filter's verdict."""
+
+    trajectory: Trajectory
+    condition: Condition
+    keep: Tensor
+
+
+class TeacherRollouts:
+    """Step number -> this rank's batches, of at most `prompts_per_rollout` prompts each."""
+
+    def __init__(
+        self,
+        teacher: SanaTrigFlow,
+        text: TextConditions,
+        prompts: Sequence[str],
+        black: Tensor,
+        *,
+        method: Method,
+        t_max: float,
+        seed: int,
+        prompts_per_step: int,
+        prompts_per_rollout: int | None = None,
+    ) -> None:
+        self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
+        self.method, self.t_max, self.seed = method, t_max, seed
+        self.prompts_per_step = prompts_per_step
+        share = local_slice(prompts_per_step)
+        self.share = share
+        self.chunk = min(prompts_per_rollout or len(range(share.start, share.stop)), share.stop - share.start)
+
+    @property
+    def batches(self) -> int:
+        """How many batches a step has on this rank."""
+        return math.ceil((self.share.stop - self.share.start) / self.chunk)
+
+    def __call__(self, step: int) -> Iterator[Batch]:
+        indices = batch_indices(len(self.prompts), self.prompts_per_step, step, self.seed)
+        draws = draw(
+            self.seed, step, self.prompts_per_step, self.black.shape, self.method, self.t_max, self.black.device
+        )
+        for start in range(self.share.start, self.share.stop, self.chunk):
+            part = slice(start, min(start + self.chunk, self.share.stop))
+            yield self._batch([self.prompts[i] for i in indices[part]], draws[part])
+
+    @torch.no_grad()
+    def _batch(self, prompts: list[str], draws: Draws) -> Batch:
+        sigma_data, condition = self.method.sigma_data, self.text(prompts)
+        velocity = teacher_velocity(self.teacher, condition, self.text.null(condition), draws.guidance)
+        trajectory = rollout(velocity, draws.noise * sigma_data, draws.route, draws.guidance, sigma_data)
+        keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
+        return Batch(trajectory, condition, keep)

@@ -1,0 +1,124 @@
+"""The few collectives that a run needs. Without an initialised process group each is its single-process meaning."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tbcm.errors import UserError
+
+T = TypeVar("T")
+
+
+def init(device_type: str | None = None, timeout: timedelta | None = None) -> torch.device:
+    """Joins the process group that torchrun's environment describes, and returns this rank's device.
+
+    Without torchrun (no `WORLD_SIZE` in the environment) there is no group and this only picks the device. CUDA
+    tensors go over nccl, CPU tensors and Python objects over gloo, so that agreeing on an object costs no device sync.
+
+    Args:
+        device_type: "cuda" or "cpu"; None takes CUDA where there is one.
+
+    Raises:
+        UserError: more processes on this node than GPUs.
+    """
+    cuda = (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this node has no GPU: torch sees {torch.cuda.device_count()}; "
+            "start at most that many with --nproc_per_node"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+    return device
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_initialized():
+        dist.barrier()
+
+
+def local_slice(n: int) -> slice:
+    """This rank's contiguous share of `n` global prompts.
+
+    Raises:
+        UserError: `n` cannot be shared equally.
+    """
+    if n % world_size():
+        raise UserError(f"{n} prompts a step cannot be shared by {world_size()} ranks: make it a multiple of that")
+    share = n // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def all_reduce_mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over ranks of scalar tensors on one device, in one collective; nothing is read on the host.
+
+    All ranks give the same keys. With equal shares (`local_slice`) the mean of means is the global mean.
+    """
+    if not is_initialized() or not metrics:
+        return dict(metrics)
+    keys = sorted(metrics)
+    stacked = torch.stack([metrics[key].detach().float() for key in keys])
+    dist.all_reduce(stacked)
+    return dict(zip(keys, stacked / world_size(), strict=True))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank (a signal may reach one rank a step before another). Blocks the host only."""
+    if not is_initialized():
+        return flag
+    count = torch.tensor(int(flag))
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def run_on_main(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 and returns its result on every rank (it must pickle).
+
+    An error on rank 0 is raised on every rank: were it raised on rank 0 alone, the others would wait for ever.
+    """
+    if not is_initialized():
+        return function()
+    outcome: list[object] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]

@@ -1,0 +1,197 @@
+"""Writing files so that a reader never sees half of one, and so that a full disk costs one line, not a traceback."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tbcm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY_PREFIX = ".tmp-"
+
+_FILE_IN_THE_WAY = "a file stands where a folder is needed: move it away or choose another folder"
+_PERMISSION = "permission denied: change its permissions or choose another folder"
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOTDIR: _FILE_IN_THE_WAY,
+    errno.EEXIST: _FILE_IN_THE_WAY,
+}
+
+
+def remedy(error: BaseException) -> str | None:
+    """What a user can do about `error`, or None if it (and what caused it) is not a failed write that a user can mend.
+
+    Writers wrap the OSError (torch.save) or only quote it (safetensors: "(os error 28)"), so both are looked for.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        quoted = re.search(r"\(os error (\d+)\)", str(seen))
+        number = seen.errno if isinstance(seen, OSError) else int(quoted[1]) if quoted else None
+        if number in _REMEDIES:
+            return _REMEDIES[number]
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextmanager
+def explain_os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns ENOSPC, EACCES, EROFS and their like, raised inside, into a one-line `UserError` that names `path`.
+
+    Other errors pass unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        advice = remedy(error)
+        if advice is None:
+            raise
+        raise UserError(f"cannot write {os.fspath(path)}: {advice}") from error
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix) for the caller to write a file to.
+
+    On success the file is synced to disk and takes `path`'s place in one step; on failure it is removed and an old
+    file at `path` is left as it was. Missing parent folders are made.
+
+    Raises:
+        UserError: the disk is full or read-only, or permission is missing.
+    """
+    path = Path(path)
+    part = _temporary(path)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            _sync(part)
+            part.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a new, empty temporary folder beside `path`; on success it takes `path`'s place, on failure it is removed.
+
+    Everything in it is synced to disk first. A folder already at `path` is replaced (and gone for an instant; a reader
+    never sees a mixture).
+
+    Raises:
+        UserError: the disk is full or read-only, or permission is missing.
+    """
+    path = Path(path)
+    part, old = _temporary(path), _temporary(path)
+    with explain_os_errors(path):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            _sync_tree(part)
+            if path.exists():
+                path.replace(old)
+            part.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            if old.exists() and not path.exists():
+                old.replace(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Writes `obj` as indented JSON, atomically."""
+    text = json.dumps(obj, indent=2) + "\n"
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+class RunLock:
+    """Holds an output folder for one process; a second one is refused. The kernel lets go when the process dies.
+
+        with RunLock("out/run1"): ...
+
+    Raises (on acquiring):
+        UserError: another process holds the folder, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        with explain_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Appending, not writing: if we are refused, the owner's name in it must stay.
+            file = (self.folder / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"output folder {self.folder} is in use by {owner}: stop it, wait for it, or choose another folder"
+            ) from None
+        except OSError as error:  # some cluster file systems are mounted without locks; a run must still be possible
+            logger.warning("%s cannot be locked (%s): do not start a second run in it", self.folder, error.strerror)
+        with explain_os_errors(self.folder):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _temporary(path: Path) -> Path:
+    # Random, not the process id: those repeat across the hosts and containers that share a file system.
+    return path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for child in folder.rglob("*"):
+        _sync(child)
+    _sync(folder)

@@ -1,0 +1,55 @@
+"""Images from a student or a teacher: python -m tbcm.sample RUN_OR_PIPELINE "a prompt" ... --steps 1"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tbcm.errors import UserError, command
+
+EPILOG = """
+examples:
+  python -m tbcm.sample runs/emoji "red panda, noto" "pizza, fluent emoji" --steps 1
+  python -m tbcm.sample emoji "red panda, noto" --teacher --steps 20
+"""
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbcm.sample",
+        description="Generate images from prompts; write PNGs and a sheet.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'")
+    parser.add_argument("prompts", nargs="+", help="one image each")
+    parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")
+    parser.add_argument("--steps", type=int, help="default: 1, or 20 for a teacher")
+    parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="of a run: averaged or last weights")
+    parser.add_argument("--out", default="samples", help="folder for the images (default: samples)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    arguments = parser.parse_args()
+    steps = arguments.steps if arguments.steps is not None else (20 if arguments.teacher else 1)
+    if not 1 <= steps <= 1000:
+        raise UserError(f"--steps {steps}: give a number from 1 to 1000")
+
+    from tbcm.generation import open_sampler
+    from tbcm.images import save_png, sheet
+
+    sampler = open_sampler(
+        arguments.source, teacher=arguments.teacher, average=arguments.weights == "ema", device=arguments.device
+    )
+    images = sampler(arguments.prompts, steps=steps, guidance=arguments.guidance, seed=arguments.seed)
+    out = Path(arguments.out)
+    for i, image in enumerate(images):
+        save_png(image, out / f"{i:04d}.png")
+    save_png(sheet([(f"{steps} step" + "s" * (steps > 1), images)], arguments.prompts), out / "sheet.png")
+    print(f"wrote {len(images)} image{'s' * (len(images) > 1)} and {out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Trained students: read from a run or a pipeline folder, written as a pipeline folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+
+from tbcm.build import build_student, dtype_of, pipeline_of
+from tbcm.config import Config, load_config, parse_config
+from tbcm.errors import UserError
+from tbcm.models.loading import Pipeline, freeze
+from tbcm.models.sana import SanaTrigFlow
+from tbcm.runtime import checkpoint
+from tbcm.runtime.ema import EMA
+from tbcm.runtime.files import atomic_folder
+
+RUN_CONFIG = "config.yaml"
+PIPELINE_CONFIG = "tbcm.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of this package (a run, or an exported pipeline) or any Sana pipeline of diffusers.
+
+    `config` says how its text, latents and times are to be understood; `is_run` whether the weights are checkpoints.
+    """
+
+    path: str
+    config: Config
+    is_run: bool
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Where VAE, text encoder and scheduler lie: the teacher's folder for a run."""
+        return pipeline_of(self.config) if self.is_run else Pipeline(self.path)
+
+
+def open_source(path: str) -> Source:
+    """Raises UserError where `path` is neither a run nor a pipeline."""
+    folder = Path(path)
+    if (folder / RUN_CONFIG).is_file():
+        return Source(path, load_config(folder / RUN_CONFIG), is_run=True)
+    if (folder / PIPELINE_CONFIG).is_file():
+        return Source(path, load_config(folder / PIPELINE_CONFIG), is_run=False)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(f"{path}: neither a run ({RUN_CONFIG}) nor a pipeline (model_index.json)")
+    return Source(path, _config_of_pipeline(path), is_run=False)
+
+
+def _config_of_pipeline(path: str) -> Config:
+    """For a pipeline that this package did not write: the emoji stand-in, else Sana's conventions."""
+    pipeline = Pipeline(path)
+    emoji = path == "emoji"
+    transformer = pipeline.config("transformer", SanaTransformer2DModel)
+    blocks = pipeline.config("vae", AutoencoderDC)["encoder_block_out_channels"]
+    return parse_config(
+        {
+            "out": "unused",
+            "teacher": {
+                "path": path,
+                "null_mask": "own" if emoji else "conditional",
+                "image_size": transformer["sample_size"] * 2 ** (len(blocks) - 1),
+            },
+            "text": {"encoder": "minilm", "max_tokens": 16} if emoji else {},
+            "data": {"prompts": "unused"},
+        },
+        path,
+    )
+
+
+def load_student(source: Source, device: torch.device, *, average: bool = True) -> SanaTrigFlow:
+    """The frozen student: of a run, the newest checkpoint's (EMA weights, or the last ones); of a pipeline, its own."""
+    if source.is_run:
+        return _student_of_run(source, device, average)
+    index = source.pipeline.index
+    if index.get("_class_name") != "SanaSprintPipeline":
+        raise UserError(
+            f"{source.path}: a {index.get('_class_name')} is a teacher, not a few-step student; add --teacher"
+        )
+    dtype = dtype_of(source.config.student.precision, device)
+    backbone = source.pipeline.load_transformer(dtype).to(device)
+    net = SanaTrigFlow(backbone, timestep_scale=1.0, differentiable=False)
+    freeze(net)
+    return net
+
+
+def _student_of_run(source: Source, device: torch.device, average: bool) -> SanaTrigFlow:
+    from tbcm.build import build_teacher
+
+    student = build_student(source.config, build_teacher(source.config, device))
+    if average:
+        ema = EMA(student, source.config.ema.kind, sigma_rel=source.config.ema.sigma_rel)
+        checkpoint.load(source.path, {"ema": ema})
+        ema.copy_to(student)
+    else:
+        checkpoint.load(source.path, {"student": student})
+    freeze(student)
+    return student
+
+
+def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> None:
+    """Writes a run's student as a folder that plain diffusers loads as SanaSprintPipeline.
+
+    Raises:
+        UserError: not a run, no checkpoint, or a teacher whose time SanaSprintPipeline cannot express.
+    """
+    source = open_source(run)
+    if not source.is_run:
+        raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
+    check_exportable(source.pipeline.timestep_scale, run)
+    student = load_student(source, torch.device("cpu"), average=average)
+    write_pipeline(student, source, out, dtype)
+
+
+def check_exportable(timestep_scale: float, name: str) -> None:
+    if abs(timestep_scale - 1) > 1e-6:
+        raise UserError(
+            f"{name}: its teacher's network time is {timestep_scale:g} s, and SanaSprintPipeline always passes s in"
+            " [0, 1]; tbcm.sample can run it, but it cannot be exported"
+        )
+
+
+def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torch.dtype) -> None:
+    """A SanaSprintPipeline folder: the student's transformer, the teacher's VAE and text encoder, and a scheduler."""
+    config = source.config
+    backbone = student.backbone.to(dtype)
+    backbone.register_to_config(
+        timestep_scale=1.0
+    )  # what SanaSprintPipeline does, whatever the teacher's schedulers do
+    tokenizer, text_encoder = _text_parts(source, dtype)
+    pipeline = SanaSprintPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=source.pipeline.load_vae(dtype),
+        transformer=backbone,
+        scheduler=SCMScheduler(sigma_data=config.method.sigma_data),
+    )
+    with atomic_folder(out) as part:
+        pipeline.save_pretrained(part)
+        (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Gemma and its tokenizer; None for other encoders, for which SanaSprintPipeline is to be given embeddings."""
+    if source.config.text.encoder != "gemma2":
+        return None, None
+    from transformers import AutoModel, AutoTokenizer
+
+    where = Pipeline(source.config.text.path or source.pipeline.location, source.pipeline.revision)
+    tokenizer = AutoTokenizer.from_pretrained(where.location, subfolder="tokenizer", revision=where.revision)
+    return tokenizer, where.load("text_encoder", AutoModel, dtype)

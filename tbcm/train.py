@@ -1,0 +1,80 @@
+"""Distil a teacher: python -m tbcm.train CONFIG [key=value ...] (with torchrun for several GPUs or nodes)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tbcm.config import Config, load_config
+from tbcm.errors import UserError, command
+
+EPILOG = """
+examples:
+  python -m tbcm.train configs/emoji.yaml
+  python -m tbcm.train configs/emoji.yaml train.steps=500 optimizer.lr=5e-5 out=runs/try
+  torchrun --nnodes 4 --nproc_per_node 8 -m tbcm.train configs/sana.yaml data.prompts=prompts.parquet
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbcm.train",
+        description="Distil a text-to-image teacher into a one-step student, from prompts alone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file, such as configs/emoji.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as train.steps=500")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, take one step, print its cost and exit"
+    )
+    return parser.parse_intermixed_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+    elif arguments.dry_run:
+        from tbcm.dryrun import dry_run
+
+        dry_run(config, arguments.device)
+    else:
+        train(config, resume=arguments.resume, device=arguments.device)
+
+
+def train(config: Config, *, resume: bool = False, device: str | None = None) -> None:
+    """The whole run of a configuration in this process (one of several under torchrun)."""
+    from tbcm.build import build_parts
+    from tbcm.runtime import distributed
+    from tbcm.runtime.files import RunLock, atomic_path
+    from tbcm.runtime.log import setup_logging
+    from tbcm.trainer import Trainer
+
+    torch_device = distributed.init(device)
+    setup_logging()
+    lock = RunLock(config.out)
+    distributed.run_on_main(lock.acquire)
+    try:
+        if not resume and distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*"))):
+            raise UserError(f"{config.out} holds a run already: continue it with --resume, or choose another `out`")
+        trainer = Trainer(config, torch_device, build_parts(config, torch_device))
+        if resume:
+            trainer.resume()
+        if distributed.is_main():
+            with atomic_path(Path(config.out) / "config.yaml") as part:
+                part.write_text(config.to_yaml(), encoding="utf-8")
+        trainer.run()
+    finally:
+        lock.release()
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The loop: rollout, objective, backward, step, log, save (paper Algorithm 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tbcm.build import Parts, dtype_of
+from tbcm.config import Config
+from tbcm.method.consistency import RSchedule
+from tbcm.method.tbcm import first_training_point, tbcm_loss
+from tbcm.method.types import Trajectory
+from tbcm.preview import Previewer
+from tbcm.rollouts import Batch, TeacherRollouts
+from tbcm.runtime import checkpoint, distributed
+from tbcm.runtime.ema import EMA
+from tbcm.runtime.guard import NonFiniteGuard
+from tbcm.runtime.interrupt import StopRequest
+from tbcm.runtime.log import MetricLog
+from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
+from tbcm.statistics import StepStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run. Everything that changes from step to step is the state that `save` writes and `resume` reads; all
+    randomness is a function of (seed, step, position in the global batch)."""
+
+    def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
+        self.config, self.device, self.parts = config, device, parts
+        self.out = Path(config.out)
+        self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
+        self.rollouts = TeacherRollouts(
+            parts.teacher,
+            parts.text,
+            parts.prompts,
+            parts.black,
+            method=config.method,
+            t_max=config.teacher.t_max,
+            seed=config.train.seed,
+            prompts_per_step=config.train.prompts_per_step,
+            prompts_per_rollout=config.train.prompts_per_rollout,
+        )
+        self.wrapped = self._distribute(self.student)
+        self.dtype = dtype_of(config.student.precision, device)
+        o, e, r = config.optimizer, config.ema, config.method.r
+        self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(o.name, self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+        self.ema = EMA(self.student, e.kind, sigma_rel=e.sigma_rel, halflife=e.halflife_steps)
+        self.r_schedule = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.guard = NonFiniteGuard(config.train.max_non_finite, device)
+        self.statistics = StepStatistics(device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.first_point = first_training_point(config.teacher.t_max)
+        self.step = 0
+        self.last_saved: tuple[int, Path] | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples optimised in a step, over all ranks."""
+        return self.config.train.prompts_per_step * (self.config.method.route.points - self.first_point)
+
+    def _distribute(self, student: nn.Module) -> nn.Module:
+        if distributed.world_size() == 1:
+            return student
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(student, device_ids=ids)
+
+    # One step
+
+    def train_step(self) -> None:
+        """One update from this step's prompts. Nothing is read back from the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        loss = torch.zeros((), device=self.device)
+        batches = self.rollouts(self.step)
+        for index, batch in enumerate(batches):
+            loss += self._accumulate(batch, last=index == self.rollouts.batches - 1)
+        self.statistics.add_loss(loss)
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norm, finite = clip_and_check(self.parameters, self.config.optimizer.clip)
+        gated_step(self.optimizer, finite)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.student, finite)
+        self.guard.update(finite)
+        self.step += 1
+
+    def _accumulate(self, batch: Batch, *, last: bool) -> Tensor:
+        """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss."""
+        method, world = self.config.method, distributed.world_size()
+        points = batch.trajectory.points(slice(self.first_point, None))
+        n = points.t.shape[1]
+        size = min(self.config.train.points_per_micro_batch or n, n)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, n, size):
+            part: Trajectory = points.points(slice(start, start + size))
+            synchronise = last and start + size >= n  # ranks exchange gradients once a step
+            with self._no_sync(synchronise), self.autocast():
+                loss, figures = tbcm_loss(
+                    self.wrapped,
+                    part,
+                    batch.condition,
+                    batch.keep,
+                    count=self.config.train.prompts_per_step * n,
+                    r=self.r_schedule(self.step),
+                    sigma_data=method.sigma_data,
+                    c=method.tangent_c,
+                )
+                # DDP averages over ranks, and each rank's loss is already its share of the global mean.
+                self.scaler.scale(loss * world).backward()
+            self.statistics.add(figures)
+            total += loss.detach()
+        return total
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _no_sync(self, synchronise: bool) -> contextlib.AbstractContextManager[Any]:
+        if synchronise or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+    def learning_rate(self, step: int) -> float:
+        o = self.config.optimizer
+        return o.lr * min(1.0, (step + 1) / (o.warmup_steps + 1))
+
+    # The run
+
+    def run(self) -> bool:
+        """Trains to the last step, the time limit or a request to stop, and saves at the end in each case.
+
+        Returns whether it was asked to stop (Ctrl-C, SIGTERM).
+        """
+        steps, log_every, save_every = self.config.train.steps, self.config.log.every, self.config.checkpoint.every
+        preview_every, preview = self.config.log.preview_every, None
+        self._clock = time.monotonic(), self.step
+        with (
+            MetricLog(self.out, steps, is_main=distributed.is_main(), start_step=self.step) as log,
+            StopRequest() as stop,
+        ):
+            if preview_every:
+                preview = Previewer(self)
+                if self.step == 0:
+                    self._off_the_clock(lambda: preview(log))
+            started = time.monotonic()
+            while self.step < steps:
+                self.train_step()
+                log.advance()
+                logging_step = self.step % log_every == 0 or self.step == steps
+                if logging_step:
+                    self._log(log)
+                if preview and self.step % preview_every == 0:
+                    self._off_the_clock(lambda: preview(log))
+                if self.step % save_every == 0:
+                    self._off_the_clock(self.save)
+                # Several ranks have to stop at the same step: they agree on log steps only.
+                if (logging_step or distributed.world_size() == 1) and distributed.any_rank(
+                    stop.stop_requested or self._out_of_time(started)
+                ):
+                    break
+            if self.last_saved is None or self.last_saved[0] != self.step:
+                self.guard.check(self.step, self.last_saved and self.last_saved[1])
+                self.save()
+        if self.step < steps:
+            logger.info("stopped after step %d of %d; the same command with --resume continues", self.step, steps)
+        return stop.stop_requested
+
+    def _out_of_time(self, started: float) -> bool:
+        minutes = self.config.train.max_minutes
+        return minutes is not None and time.monotonic() - started > 60 * minutes
+
+    def _off_the_clock(self, work: Callable[[], None]) -> None:
+        """Previews and checkpoints do not count as training in the reported rate."""
+        started = time.monotonic()
+        work()
+        self._clock = self._clock[0] + time.monotonic() - started, self._clock[1]
+
+    def _log(self, log: MetricLog) -> None:
+        """Writes a row of metrics: the only place where figures are read from the device."""
+        then, step_then = self._clock
+        self._clock = time.monotonic(), self.step
+        seconds_per_step = (self._clock[0] - then) / (self.step - step_then)
+        figures = distributed.all_reduce_mean({**self.statistics.summary(), "grad_norm": self.grad_norm})
+        figures["loss"] = figures["loss"] * distributed.world_size()  # each rank holds its share of the sum
+        self.statistics.reset()
+        log.log(
+            self.step,
+            {
+                **figures,
+                "r": self.r_schedule(self.step - 1),
+                "lr": self.learning_rate(self.step - 1),
+                "samples_per_s": self.samples_per_step / seconds_per_step,
+                "seconds_per_step": seconds_per_step,
+                "skipped_updates": self.guard.total,
+                "peak_gib": peak_memory_gib(self.device),
+            },
+        )
+        self.guard.check(self.step, self.last_saved and self.last_saved[1])
+
+    # State
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "student": self.student,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+            "guard": self.guard,
+            "scaler": self.scaler,
+        }
+
+    def save(self) -> None:
+        c = self.config.checkpoint
+        config = self.config.model_dump(mode="json")
+        path = checkpoint.save(
+            self.out, self.step, self._state(), config=config, keep_last=c.keep_last, keep_every=c.keep_every
+        )
+        self.last_saved = self.step, path
+
+    def resume(self) -> None:
+        """Continues from the newest whole checkpoint of the run."""
+        manifest = checkpoint.load(self.out, self._state())
+        self.step = int(manifest["step"])
+        logger.info("resumed after step %d", self.step)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: the CUDA allocator's, or on a CPU the resident set's high-water mark."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

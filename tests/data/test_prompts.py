@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tbcm.data.prompts import MAX_PROMPT_CHARACTERS, batch_indices, load_prompts, prompt_order
+from tbcm.errors import UserError
+
+# Commas, quotes, a newline inside a prompt and characters of 2, 3 and 4 UTF-8 bytes.
+AWKWARD = ['a "red" panda, sitting', "two\nlines", "café", "桜", "a 🐼", "plain"]
+
+
+def write_jsonl(path: Path, prompts: list[str | None]) -> None:
+    path.write_text("".join(json.dumps({"id": i, "prompt": p}) + "\n" for i, p in enumerate(prompts)), "utf-8")
+
+
+def write_csv(path: Path, prompts: list[str | None]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "prompt"], *enumerate(prompts)])
+
+
+def write_parquet(path: Path, prompts: list[str | None]) -> None:
+    pq.write_table(pa.table({"id": list(range(len(prompts))), "prompt": prompts}), path)
+
+
+Writer = Callable[[Path, list[str | None]], None]
+TABLES = pytest.mark.parametrize(
+    ("suffix", "write"), [("jsonl", write_jsonl), ("csv", write_csv), ("parquet", write_parquet)]
+)
+
+
+def message(path: Path, **options: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_prompts(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    return text
+
+
+def test_text_file_keeps_order_and_duplicates_and_drops_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.TXT"
+    path.write_bytes("\ufeffa cat\r\n\r\n  a dog \n \t\na cat\n桜".encode())
+    source = load_prompts(path)
+    assert list(source) == ["a cat", "a dog", "a cat", "桜"]
+    assert (len(source), source[1], source[-1], source[1:3]) == (4, "a dog", "桜", ["a dog", "a cat"])
+
+
+@TABLES
+def test_tables_give_back_every_prompt(tmp_path: Path, suffix: str, write: Writer) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    write(path, [AWKWARD[0], None, "  ", *AWKWARD[1:]])
+    assert list(load_prompts(path)) == AWKWARD
+
+
+@TABLES
+def test_a_missing_column_lists_those_there_are(tmp_path: Path, suffix: str, write: Writer) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    write(path, ["a cat"])
+    text = message(path, column="caption")
+    assert "no column 'caption'; it has 'id', 'prompt'" in text
+
+
+def test_the_named_column_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,caption\nno,yes\n")
+    assert list(load_prompts(path, column="caption")) == ["yes"]
+
+
+@TABLES
+def test_too_long_a_prompt_is_named_by_place_and_length(tmp_path: Path, suffix: str, write: Writer) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    write(path, ["a" * MAX_PROMPT_CHARACTERS])
+    assert len(load_prompts(path)[0]) == 2_000
+    write(path, ["a cat", "a dog", "b" * 10_000])
+    place = {"csv": "line 4", "jsonl": "line 3", "parquet": "row 3"}[suffix]
+    assert f"{place}: the prompt has 10,000 characters; shorten it to at most 2,000" in message(path)
+
+
+@TABLES
+def test_nothing_but_blank_prompts_is_an_error(tmp_path: Path, suffix: str, write: Writer) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    write(path, [" ", None])
+    assert "no prompts" in message(path)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_empty_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    path.write_bytes(b"")
+    assert "no prompts" in message(path)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_not_utf8_names_line_and_byte(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"prompts.{suffix}"
+    # The bad byte lies far beyond what a text reader decodes at once, so its offset is not relative to a chunk.
+    good = b'{"prompt": "a cat"}\n' * 10_000 if suffix == "jsonl" else b"prompt\n" + b"a cat\n" * 9_999
+    path.write_bytes(good + "café".encode("latin-1"))
+    assert f"line 10001, byte {len(good) + 3:,} (0xe9) is not UTF-8; save the file as UTF-8" in message(path)
+
+
+def test_utf16_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n", "utf-16")
+    assert re.search(r"line 1, byte 0 \(0xf[ef]\) is not UTF-8", message(path))
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"], pa.binary()).buffers())
+    pq.write_table(pa.table({"prompt": latin}), path)
+    assert "UTF8" in message(path)
+
+
+def test_missing_file_folder_and_unknown_extension(tmp_path: Path) -> None:
+    assert "no such prompt file" in message(tmp_path / "none.txt")
+    folder = tmp_path / "folder.txt"
+    folder.mkdir()
+    assert "no such prompt file" in message(folder)
+    assert ".txt, .jsonl, .csv, .parquet" in message(tmp_path / "prompts.docx")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{'prompt': 1}", "line 2: not JSON"),
+        ('"a cat"', "line 2: give an object"),
+        ('{"text": "a cat"}', "line 2: no column 'prompt'; it has 'text'"),
+        ('{"prompt": 5}', "line 2: the prompt is 5; give text"),
+        ('{"prompt": "\\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_malformed_json_lines(tmp_path: Path, line: str, complaint: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cat"}\n' + line + "\n")
+    assert complaint in message(path)
+
+
+def test_malformed_csv_and_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text('prompt\na cat\n"never closed\n')
+    assert "cannot be read as .csv" in message(path)
+    path = tmp_path / "prompts.parquet"
+    path.write_text("a cat\n")
+    assert "cannot be read as .parquet" in message(path)
+    pq.write_table(pa.table({"prompt": [1, 2]}), path)
+    assert "row 1: the prompt is 1; give text" in message(path)
+
+
+def test_loading_leaves_no_files_and_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("network used"))
+    path = tmp_path / "prompts.parquet"
+    write_parquet(path, ["a cat"])
+    load_prompts(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    orders = [tuple(prompt_order(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_order_does_not_depend_on_what_was_asked_before() -> None:
+    first = batch_indices(1000, 8, step=300, seed=3)
+    prompt_order.cache_clear()
+    for step in (0, 5, 124, 300):
+        last = batch_indices(1000, 8, step, seed=3)
+    assert first == last
+
+
+@pytest.mark.parametrize(("num_prompts", "prompts_per_step"), [(10, 3), (10, 10), (3, 10), (1, 4), (7, 1)])
+def test_steps_walk_through_whole_epochs(num_prompts: int, prompts_per_step: int) -> None:
+    batches = [batch_indices(num_prompts, prompts_per_step, step, seed=1) for step in range(num_prompts)]
+    assert all(len(batch) == prompts_per_step for batch in batches)
+    walked = [index for batch in batches for index in batch]  # exactly prompts_per_step epochs
+    assert Counter(walked) == dict.fromkeys(range(num_prompts), prompts_per_step)
+    epochs = [walked[i : i + num_prompts] for i in range(0, len(walked), num_prompts)]
+    assert all(sorted(epoch) == list(range(num_prompts)) for epoch in epochs)
+
+
+def test_a_batch_twice_as_large_is_two_batches() -> None:
+    small = batch_indices(100, 8, 40, seed=0) + batch_indices(100, 8, 41, seed=0)
+    assert batch_indices(100, 16, 20, seed=0) == small
+
+
+def test_shuffling_is_uniform() -> None:
+    """Which of 4 prompts comes first over 4,000 epochs: a chi-square of 3 degrees of freedom, 99.9 % below 16.3."""
+    counts = Counter(batch_indices(4, 1, step=4 * epoch, seed=5)[0] for epoch in range(4000))
+    assert sum((counts[i] - 1000) ** 2 / 1000 for i in range(4)) < 16.3
+
+
+def test_a_million_prompts_cost_one_shuffle_an_epoch() -> None:
+    prompt_order.cache_clear()
+    for step in range(200):
+        batch_indices(1_000_000, 32, step, seed=0)
+    assert prompt_order.cache_info().misses == 1

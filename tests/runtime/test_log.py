@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tbcm.errors import UserError
+from tbcm.runtime.log import MetricLog, logger, setup_logging
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_there_at_once_and_valid_json(tmp_path: Path) -> None:
+    with MetricLog(tmp_path, 10) as log:
+        log.log(0, {"loss": torch.tensor(0.5), "lr": 1e-5, "count": torch.tensor(3), "norm": torch.tensor(math.inf)})
+        (row,) = rows(tmp_path)  # before closing: a kill must not cost rows
+        log.log(1, {"loss": float("nan")})
+    assert list(row) == ["step", "time", "loss", "lr", "count", "norm"]
+    assert (row["step"], row["loss"], row["lr"], row["count"], row["norm"]) == (0, 0.5, 1e-5, 3.0, "inf")
+    assert rows(tmp_path)[1]["loss"] == "nan"
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_resuming_leaves_no_row_twice(tmp_path: Path) -> None:
+    with MetricLog(tmp_path, 10) as log:
+        for step in range(6):
+            log.log(step, {"loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a row
+    with MetricLog(tmp_path, 10, start_step=4) as log:
+        for step in range(4, 7):
+            log.log(step, {"loss": step * 10})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        (0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)
+    ]  # fmt: skip
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")][3:] == [(3, 3), (4, 40), (5, 50), (6, 60)]
+
+
+def test_a_file_that_is_not_metrics_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nmy notes\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2"):
+        MetricLog(tmp_path, 10, start_step=1)
+    assert "my notes" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with MetricLog(tmp_path / "out", 10, is_main=False) as log:
+        log.log(0, {"loss": torch.tensor(1.0)})
+        log.advance()
+        log.image("samples", Image.new("RGB", (4, 4)), 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_kept_twice(tmp_path: Path) -> None:
+    with MetricLog(tmp_path, 10) as log:
+        log.image("samples/grid", Image.new("RGB", (6, 4), (255, 0, 0)), 7)
+    with Image.open(tmp_path / "images" / "samples" / "grid-00000007.png") as image:
+        assert image.size == (6, 4)
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    (event,) = board.Images("samples/grid")
+    assert (event.step, event.width, event.height) == (7, 6, 4)
+
+
+def test_without_a_terminal_a_logged_step_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tbcm"), MetricLog(tmp_path, 100) as log:
+        log.log(0, {"loss": 0.25, "other": 1.0})
+        log.log(50, {"loss": torch.tensor(0.125)})
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "step 0/100 loss 0.25"
+    assert second.startswith("step 50/100 loss 0.125 (")
+    assert "s/step" in second
+
+
+def test_messages_name_the_rank_only_away_from_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    try:
+        setup_logging()
+        logging.getLogger("tbcm.runtime.checkpoint").info("saved")
+        monkeypatch.setattr("tbcm.runtime.distributed.rank", lambda: 3)
+        setup_logging()
+        logger.info("unheard")
+        logger.warning("heard")
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["INFO saved", "[rank 3] WARNING heard"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_row_costs_one_sync(tmp_path: Path) -> None:
+    metrics = {f"m{i}": torch.tensor(float(i), device="cuda") for i in range(8)}
+    with MetricLog(tmp_path, 10) as log, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            log.log(0, metrics)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1

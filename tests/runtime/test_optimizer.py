@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tbcm.errors import UserError
+from tbcm.runtime import came
+from tbcm.runtime.ema import EMA
+from tbcm.runtime.guard import NonFiniteGuard
+from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
+
+SHAPES = [(), (5,), (7, 5), (5, 7), (7, 5), (6, 4, 3, 3), (6, 1, 3, 3), (1, 1)]  # one twice: updated as one stack
+FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=random).to(dtype)) for shape in SHAPES]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    random = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=random).to(param.dtype) * 10.0 ** (step % 3 - 2)
+
+
+def snapshot(params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    state = [value.clone() for param in params for value in optimizer.state[param].values()]
+    return [param.detach().clone() for param in params] + state
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class CameByTheBook:
+    """Algorithm 2 of arXiv 2307.02047 for one parameter, letter by letter, in fp64 (with its sums, not means).
+
+    What is not a matrix is not factored and has no instability (as in the authors' experiments).
+    """
+
+    def __init__(self, theta: np.ndarray, lr: float, weight_decay: float) -> None:
+        self.shape = theta.shape
+        self.theta = theta.reshape(theta.shape[0], -1) if theta.ndim >= 2 else theta.reshape(-1)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.m = np.zeros_like(self.theta)
+        self.r = self.R = np.zeros((self.theta.shape[0], 1))
+        self.c = self.C = np.zeros((1, self.theta.shape[-1]))
+        self.v = np.zeros_like(self.theta)
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        b1, b2, b3, eps1, eps2, d = 0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0
+        g = gradient.reshape(self.theta.shape)
+        matrix = g.ndim == 2
+        if matrix:
+            n, m = g.shape
+            one_n, one_m = np.ones((n, 1)), np.ones((m, 1))
+            self.r = b2 * self.r + (1 - b2) * (g**2 + eps1 * one_n @ one_m.T) @ one_m
+            self.c = b2 * self.c + (1 - b2) * one_n.T @ (g**2 + eps1 * one_n @ one_m.T)
+            v = self.r @ self.c / (one_n.T @ self.r)
+        else:
+            v = self.v = b2 * self.v + (1 - b2) * (g**2 + eps1)
+        u = g / np.sqrt(v)
+        u_hat = u / max(1.0, np.sqrt(np.mean(u**2)) / d)
+        self.m = b1 * self.m + (1 - b1) * u_hat
+        update = self.m
+        if matrix:
+            instability = (u_hat - self.m) ** 2 + eps2 * one_n @ one_m.T
+            self.R = b3 * self.R + (1 - b3) * instability @ one_m
+            self.C = b3 * self.C + (1 - b3) * one_n.T @ instability
+            update = self.m / np.sqrt(self.R @ self.C / (one_n.T @ self.R))
+        self.theta = self.theta * (1 - self.lr * self.weight_decay) - self.lr * update
+        return self.theta.reshape(self.shape)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("stack_elements", [2**24, 40])
+def test_came_follows_the_paper(
+    dtype: torch.dtype, tolerance: float, weight_decay: float, stack_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(came, "_STACK_ELEMENTS", stack_elements)
+    params = parameters(dtype)
+    books = [CameByTheBook(param.detach().double().numpy().copy(), 1e-2, weight_decay) for param in params]
+    optimizer = build_optimizer("came", params, lr=1e-2, weight_decay=weight_decay)
+    for step in range(7):
+        set_gradients(params, step)
+        gated_step(optimizer, FINITE)
+        for param, book in zip(params, books, strict=True):
+            assert param.grad is not None
+            expected = book.step(param.grad.double().numpy())
+            np.testing.assert_allclose(param.detach().double().numpy(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_came_survives_rows_without_gradient() -> None:
+    """An unused embedding row squares to 0: only eps is left, and products of two such numbers underflow in fp32."""
+    param = torch.nn.Parameter(torch.ones(4, 3))
+    zero = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = build_optimizer("came", [param, zero], lr=1e-2)
+    for _ in range(3):
+        param.grad = torch.tensor([[1.0], [0.0], [0.0], [2.0]]).expand(4, 3).clone()
+        zero.grad = torch.zeros(4, 3)
+        gated_step(optimizer, FINITE)
+    assert param.isfinite().all()
+    assert torch.equal(param[1:3], torch.ones(2, 3))
+    assert (param[0] < 1).all()
+    assert torch.equal(zero, torch.ones(4, 3))
+
+
+def test_came_state_is_factored() -> None:
+    param = torch.nn.Parameter(torch.zeros(8, 4, 3, 3))
+    state = build_optimizer("came", [param], lr=1.0).state[param]
+    assert sum(value.numel() for value in state.values()) == param.numel() + 2 * (8 + 4 * 3 * 3)
+
+
+def test_came_refuses_half_precision_weights() -> None:
+    with pytest.raises(UserError, match="float32"):
+        build_optimizer("came", parameters(torch.bfloat16), lr=1e-3)
+
+
+def test_came_honours_a_gradient_scaler_without_unscaling() -> None:
+    plain, scaled = parameters(), parameters()
+    optimizers: list[Any] = [build_optimizer("came", params, lr=1e-2) for params in (plain, scaled)]
+    for step in range(3):
+        set_gradients(plain, step)
+        set_gradients(scaled, step)
+        for param in scaled:
+            assert param.grad is not None
+            param.grad *= 1024
+        optimizers[1].grad_scale = torch.tensor(1024.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert equal(snapshot(plain, optimizers[0]), snapshot(scaled, optimizers[1]))
+
+
+ARMS = [("adamw", torch.float32), ("adamw", torch.bfloat16), ("came", torch.float32)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ARMS)
+@pytest.mark.parametrize("bad_step", [0, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_skipped_step_is_as_if_it_had_not_been(name: str, dtype: torch.dtype, bad_step: int, bad: float) -> None:
+    with_bad, without = parameters(dtype), parameters(dtype)
+    optimizers = [build_optimizer(name, params, lr=1e-2, weight_decay=0.1) for params in (with_bad, without)]
+    for step in range(6):
+        if step == bad_step:
+            before = snapshot(with_bad, optimizers[0])
+            set_gradients(with_bad, 50)
+            gradient = with_bad[2].grad
+            assert gradient is not None
+            gradient[1, 1] = bad
+            norm, finite = clip_and_check(with_bad, 0.1)
+            assert not finite
+            assert not norm.isfinite()
+            gated_step(optimizers[0], finite)
+            assert equal(before, snapshot(with_bad, optimizers[0]))
+        for params, optimizer in zip((with_bad, without), optimizers, strict=True):
+            set_gradients(params, step)
+            _, finite = clip_and_check(params, 0.1)
+            assert finite
+            gated_step(optimizer, finite)
+    assert equal(snapshot(with_bad, optimizers[0]), snapshot(without, optimizers[1]))
+    assert not equal([*parameters(dtype)], [*without])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs(dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    optimizer = build_optimizer("adamw", ours, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1, eps=1e-6)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1, eps=1e-6, fused=True)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        gated_step(optimizer, FINITE)
+        reference.step()
+    assert equal(snapshot(ours, optimizer), snapshot(theirs, reference))
+
+
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_parameters_without_gradient_stay(name: str) -> None:
+    params = parameters()
+    optimizer = build_optimizer(name, params, lr=1e-2, weight_decay=0.1)
+    set_gradients(params, 0)
+    params[2].grad = None
+    before = params[2].detach().clone()
+    _, finite = clip_and_check(params, 1.0)
+    gated_step(optimizer, finite)
+    assert torch.equal(params[2], before)
+    assert not torch.equal(params[4], parameters()[4])
+
+
+def test_clipping_scales_to_the_global_norm() -> None:
+    params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    norm, finite = clip_and_check(params, 10.0)
+    assert norm == 5
+    assert finite
+    assert torch.equal(params[1].grad, torch.tensor([4.0]))
+    clip_and_check(params, 0.5)
+    torch.testing.assert_close(torch.cat([params[0].grad, params[1].grad]), torch.tensor([0.3, 0.0, 0.4]))
+    assert clip_and_check(params, float("inf"))[1]
+    torch.testing.assert_close(params[1].grad, torch.tensor([0.4]))
+
+
+def test_wrong_arguments_are_user_errors() -> None:
+    for arguments in (
+        {"name": "adam"},
+        {"name": "came", "betas": (0.9, 0.99)},
+        {"name": "adamw", "eps": (1e-30, 1e-16)},
+    ):
+        with pytest.raises(UserError):
+            build_optimizer(params=parameters(), lr=1e-3, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_that_ignores_the_flag_is_refused() -> None:
+    params = parameters()
+    with pytest.raises(TypeError, match="found_inf"):
+        gated_step(torch.optim.SGD(params, lr=1e-3), NOT_FINITE)
+
+
+class NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+def whole_update(name: str, device: str) -> Callable[[], None]:
+    """What follows the backward pass in a training step."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Conv2d(3, 3, 3)).to(device)
+    optimizer = build_optimizer(name, model.parameters(), lr=1e-3, weight_decay=0.01)
+    averages = [EMA(model, "power"), EMA(model, "halflife")]
+    guard = NonFiniteGuard(10, device)
+    model(torch.ones(1, 2, 8, 8, device=device)).sum().backward()
+
+    def update() -> None:
+        _, finite = clip_and_check(model.parameters(), 1.0)
+        gated_step(optimizer, finite)
+        for ema in averages:
+            ema.update(model, finite)
+        guard.update(finite)
+
+    return update
+
+
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_an_update_reads_nothing_on_the_host(name: str) -> None:
+    update = whole_update(name, "cpu")
+    with NoHostReads():
+        update()
+        with pytest.raises(AssertionError, match="read on the host"):  # the mode does see a read
+            torch.ones(()).item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_an_update_does_not_sync_a_gpu(name: str) -> None:
+    update = whole_update(name, "cuda")
+    update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
