@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -31,10 +31,12 @@ def dry_run(config: Config, device_name: str | None) -> None:
     """Takes one step of the configured run and prints parameters, FLOPs and peak memory.
 
     With a GPU the step is real. Without one it runs on tensors without data (PyTorch's meta device, behind fake
-    tensors), which is quick at any size; FLOPs are exact and memory is then the sum of live tensors, not a measurement.
+    tensors); memory is then the sum of live tensors, not a measurement. Rollouts that follow one another in a step cost
+    the same: one is run, the gradients it adds to being there from the start, and its FLOPs are multiplied.
     Where the teacher is not on this machine its architecture gets random weights, which cost the same.
     """
     device = distributed.init(device_name)
+    config, rollouts = _one_rollout(config)
     parts, source = _parts_or_random(config, device) if device.type == "cuda" else (None, "random weights")
     with ExitStack() as stack:
         if device.type == "cpu":
@@ -42,38 +44,46 @@ def dry_run(config: Config, device_name: str | None) -> None:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         memory = stack.enter_context(MemoryCounter())
         trainer = Trainer(config, device, parts or random_parts(config, device))
+        if rollouts > 1:
+            for parameter in trainer.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         resident = memory.live
-        started = time.monotonic()
         with FlopCounter() as flops:
             trainer.train_step()
-        seconds = time.monotonic() - started
-        peak = memory.peak / 2**30
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        measured = (
-            f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)}; {seconds:.1f} s)"
-        )
+        cost = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
     else:
-        measured = (
-            f"{peak:.2f} GiB (accounted, not measured: live tensors on the meta device, in the precision of a GPU;"
-            f" {resident / 2**30:.2f} GiB of it resident)"
+        cost = (
+            f"{memory.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
+            " tensors on the meta device, in the precision of a GPU)"
         )
-    print(report(config, trainer, source, flops.total, measured))
+    print(report(trainer, rollouts, source, flops.total, cost))
 
 
-def report(config: Config, trainer: Trainer, source: str, flops: int, memory: str) -> str:
-    encoder = getattr(trainer.text.encoder, "model", None)
-    tera, world = flops / 1e12, distributed.world_size()
+def _one_rollout(config: Config) -> tuple[Config, int]:
+    """The configuration with a single rollout a step, and how many a rank takes one after another."""
+    share = distributed.local_slice(config.train.prompts_per_step)
+    prompts = share.stop - share.start
+    chunk = min(config.train.prompts_per_rollout or prompts, prompts)
+    train = config.train.model_copy(update={"prompts_per_step": chunk * distributed.world_size()})
+    return config.model_copy(update={"train": train}), math.ceil(prompts / chunk)
+
+
+def report(trainer: Trainer, rollouts: int, source: str, flops: int, memory: str) -> str:
+    config, world = trainer.config, distributed.world_size()
+    model = getattr(trainer.text.encoder, "model", None)
+    prompts, samples = config.train.prompts_per_step * rollouts, trainer.samples_per_step * rollouts
+    tera = flops * rollouts / 1e12
     lines = {
         "teacher": f"{_parameters(trainer.teacher)}, {source} ({config.teacher.path})",
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
-        "text encoder": f"{_parameters(encoder) if encoder is not None else 'none'} ({config.text.encoder})",
+        "text encoder": f"{_parameters(model) if model is not None else 'none'} ({config.text.encoder})",
         "step": (
-            f"{config.train.prompts_per_step} prompts x {config.method.route.points} route points ="
-            f" {trainer.samples_per_step} samples optimised; {world} rank(s) of"
-            f" {trainer.rollouts.batches} rollout(s)"
+            f"{prompts} prompts x {config.method.route.points} route points = {samples} samples optimised;"
+            f" {world} rank(s) x {rollouts} rollout(s) of {config.train.prompts_per_step // world} prompt(s)"
         ),
-        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / trainer.samples_per_step:.4g} a sample)",
+        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / samples:.4g} a sample)",
         "peak memory": memory,
     }
     return "\n".join(f"{name:>14}: {value}" for name, value in lines.items())

@@ -10,7 +10,7 @@ from tbcm.errors import UserError, command
 
 EPILOG = """
 examples:
-  python -m tbcm.sample runs/emoji "red panda, noto" "pizza, fluent emoji" --steps 1
+  python -m tbcm.sample runs/emoji "red panda, noto" "pizza, fluent" --steps 1
   python -m tbcm.sample emoji "red panda, noto" --teacher --steps 20
 """
 

@@ -88,6 +88,7 @@ class Trainer:
         self.statistics.add_loss(loss)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm, finite = clip_and_check(self.parameters, self.config.optimizer.clip)
+        finite = distributed.all_true(finite & loss.isfinite())  # a loss may overflow and its gradient vanish
         gated_step(self.optimizer, finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tbcm.errors import UserError
-from tbcm.runtime.files import atomic_path
+from tbcm.errors import UserError, command
+from tbcm.runtime.files import atomic_path, write_json
 
 SIZE = 64  # pixels, both ways
 COLUMNS = 64  # tiles in a row of an atlas
@@ -199,33 +199,33 @@ def _render_package(tarball: Path, package: Package) -> Iterator[tuple[Entry, Im
 
 def build(out: Path, packages: Path) -> int:
     """Renders every package under `packages` (a folder of npm tarballs) into `out`; returns the number of images."""
-    out.mkdir(parents=True, exist_ok=True)
     entries: list[Entry] = []
     for package in PACKAGES:
         rendered = list(_render_package(packages / package.tarball, package))
         write_atlas(out / atlas_name(package.style), [tile for _, tile in rendered])
         entries += [entry for entry, _ in rendered]
     table = {"size": SIZE, "columns": COLUMNS, "images": [asdict(entry) for entry in entries]}
-    with atomic_path(out / "captions.json") as temporary:
-        Path(temporary).write_text(json.dumps(table, indent=0, ensure_ascii=False))
+    write_json(out / "captions.json", table)
     return len(entries)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tbcm.emoji.dataset", description="Render the emoji images and captions.")
-    parser.add_argument("out", type=Path)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbcm.emoji.dataset", description="Render the emoji images and their captions."
+    )
+    parser.add_argument("out", type=Path, help="folder for the atlases and captions.json")
     parser.add_argument("--packages", type=Path, help="folder of npm tarballs (otherwise `npm pack` fetches them)")
-    args = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            if args.packages is None:
-                fetch(Path(temporary))
-            count = build(args.out, args.packages or Path(temporary))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} images -> {args.out}")
-    return 0
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.packages is None:
+            fetch(Path(temporary))
+        count = build(arguments.out, arguments.packages or Path(temporary))
+    print(f"{count} images -> {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -3,33 +3,32 @@
     python -m tbcm.emoji.teacher DATA AE OUT [--minutes M | --steps N] [--device cuda]
 
 DATA is what `tbcm.emoji.dataset` wrote, AE what `tbcm.emoji.autoencoder` wrote; OUT becomes the asset folder (see
-`tbcm.emoji.assets`) plus `preview.png`, samples of captions seen in training (upper half) and held out (lower half).
+`tbcm.emoji.bundle`). `OUT-preview.png` beside it shows samples of captions seen in training and of held-out ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from tbcm.emoji.autoencoder import LATENT_CHANNELS, encode
+from tbcm.emoji.autoencoder import LATENT_CHANNELS
 from tbcm.emoji.bundle import write_data_assets, write_teacher
-from tbcm.emoji.dataset import EmojiImages, load_images
+from tbcm.emoji.cache import Cache, drop_captions, make_cache
+from tbcm.emoji.dataset import load_images
 from tbcm.emoji.sampler import preview
-from tbcm.emoji.training import Budget, WeightAverage, add_budget_arguments, learning_rate, shuffled_batches
-from tbcm.errors import UserError
+from tbcm.emoji.training import Budget, WeightAverage, add_training_arguments, budget_of, fit, shuffled_batches
+from tbcm.errors import UserError, command
 from tbcm.models.text import MiniLMEncoder, encode_null
 
 MAX_TOKENS = 16
 CAPTION_DROPOUT = 0.1
 BATCH = 128
 PEAK_LR = 1.2e-3
-WARMUP = 100
 EMA_DECAY = 0.999
 
 
@@ -56,34 +55,6 @@ def make_transformer() -> SanaTransformer2DModel:
     )
 
 
-@dataclass(frozen=True)
-class Cache:
-    """What n images come down to: latents [n, 8, 8, 8], text states [n, L, 384] (fp32) and their mask [n, L] (bool)."""
-
-    latents: Tensor
-    embeds: Tensor
-    mask: Tensor
-
-    def __getitem__(self, index: Tensor) -> Cache:
-        return Cache(self.latents[index], self.embeds[index], self.mask[index])
-
-    def to(self, device: str) -> Cache:
-        return Cache(self.latents.to(device), self.embeds.to(device), self.mask.to(device))
-
-
-def make_cache(data: EmojiImages, vae: AutoencoderDC, text: MiniLMEncoder) -> Cache:
-    captions = [entry.caption for entry in data.entries]
-    encoded = [text.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
-    embeds, mask = (torch.cat(parts).cpu() for parts in zip(*encoded, strict=True))
-    return Cache(encode(vae, data.images), embeds, mask)
-
-
-def drop_captions(embeds: Tensor, mask: Tensor, null: tuple[Tensor, Tensor], drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Where `drop` [B] bool, states [B, L, D] *and* mask [B, L] become those of the null prompt ([1, L, D], [1, L]), so
-    that guidance has to use the null prompt's own mask (`null_mask: own`)."""
-    return torch.where(drop[:, None, None], null[0], embeds), torch.where(drop[:, None], null[1], mask)
-
-
 def sample_times(count: int, generator: torch.Generator) -> Tensor:
     """s = sigmoid(0.3 + 1.2 n) [count]: logit-normal (Esser et al. 2024), a little towards noise, where few tokens
     have to decide what the picture is."""
@@ -102,7 +73,7 @@ def flow_loss(model: nn.Module, batch: Cache, s: Tensor, noise: Tensor) -> Tenso
 def validation_loss(model: nn.Module, cache: Cache) -> float:
     """The loss on all of `cache` at the same times and noise in every call."""
     generator = torch.Generator().manual_seed(1)
-    s = torch.rand(len(cache.latents), generator=generator).to(cache.latents.device)
+    s = torch.rand(len(cache), generator=generator).to(cache.latents.device)
     noise = torch.randn(cache.latents.shape, generator=generator).to(cache.latents.device)
     return float(flow_loss(model, cache, s, noise))
 
@@ -112,75 +83,62 @@ def half_precision(device: str) -> torch.autocast:
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported()
     else:
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        native = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=native)
 
 
-def train(data: Path, autoencoder: Path, out: Path, budget: Budget, device: str, save_minutes: float = 5.0) -> None:
+def load_autoencoder(folder: Path, device: str) -> AutoencoderDC:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no autoencoder; make it with `python -m tbcm.emoji.autoencoder DATA {folder}`")
+    vae: AutoencoderDC = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32)
+    return vae.to(device).eval()
+
+
+def train(data: Path, autoencoder: Path, out: Path, budget: Budget, device: str) -> None:
+    """The whole recipe; `out` is written anew every few minutes, with the average of the weights."""
     images = load_images(data)
-    if not (autoencoder / "config.json").is_file():
-        raise UserError(f"{autoencoder} is no autoencoder; make it with `python -m tbcm.emoji.autoencoder`")
-    vae = AutoencoderDC.from_pretrained(autoencoder, torch_dtype=torch.float32).to(device)
+    vae = load_autoencoder(autoencoder, device)
     text = MiniLMEncoder(MAX_TOKENS, device=device)
     write_data_assets(images, out)
-    cache = make_cache(images.split(held_out=False), vae, text).to(device)
-    unseen = make_cache(images.split(held_out=True), vae, text).to(device)
+    seen, unseen = (make_cache(images.split(held_out), vae, text).to(device) for held_out in (False, True))
     null = encode_null(text)
     torch.manual_seed(0)
     model = make_transformer().to(device).train()
     average = WeightAverage(model, make_transformer().to(device), EMA_DECAY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     generator = torch.Generator().manual_seed(0)
-    batches = shuffled_batches(len(cache.latents), BATCH, generator)
+    batches = shuffled_batches(len(seen), BATCH, generator)
+
+    def loss(step: int) -> Tensor:
+        batch = seen[next(batches)]
+        drop = torch.rand(len(batch), generator=generator) < CAPTION_DROPOUT
+        batch = Cache(batch.latents, *drop_captions((batch.embeds, batch.mask), null, drop.to(device)))
+        s = sample_times(len(batch), generator).to(device)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+        with half_precision(device):
+            return flow_loss(model, batch, s, noise)
 
     def save(step: int) -> None:
         write_teacher(average.average, vae, out)
-        preview(average.average, vae, cache, unseen, null, out / "preview.png")
-        loss = validation_loss(average.average, unseen)
-        print(f"saved {out} after {step} steps, held-out loss {loss:.4f}", flush=True)
+        preview(average.average, vae, seen, unseen, null, out.parent / f"{out.name}-preview.png")
+        held_out = validation_loss(average.average, unseen)
+        print(f"{step} steps, held-out loss {held_out:.4f} -> {out}", flush=True)
 
-    budget.restart()
-    step, saved, running = 0, 0.0, 0.0
-    while (progress := budget.progress(step)) < 1:
-        optimizer.param_groups[0]["lr"] = learning_rate(PEAK_LR, step, progress, WARMUP)
-        batch = cache[next(batches)]
-        count = len(batch.latents)
-        drop = torch.rand(count, generator=generator) < CAPTION_DROPOUT
-        batch = Cache(batch.latents, *drop_captions(batch.embeds, batch.mask, null, drop.to(device)))
-        s = sample_times(count, generator).to(device)
-        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        with half_precision(device):
-            loss = flow_loss(model, batch, s, noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update()
-        step += 1
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            print(f"step {step} minutes {budget.elapsed_minutes():.1f} loss {running:.4f}", flush=True)
-        if budget.elapsed_minutes() - saved >= save_minutes:
-            save(step)
-            saved = budget.elapsed_minutes()
-    save(step)
+    fit(average, loss, save, budget, peak_lr=PEAK_LR, weight_decay=0.01)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tbcm.emoji.teacher", description="Train the emoji teacher.")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("autoencoder", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_budget_arguments(parser, default_minutes=55)
-    args = parser.parse_args(argv)
-    minutes = args.minutes if args.steps is not None or args.minutes is not None else 55.0
-    try:
-        train(args.data, args.autoencoder, args.out, Budget(minutes, args.steps), args.device)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tbcm.emoji.teacher", description="Train the emoji teacher.")
+    parser.add_argument("data", type=Path, help="what tbcm.emoji.dataset wrote")
+    parser.add_argument("autoencoder", type=Path, help="what tbcm.emoji.autoencoder wrote")
+    parser.add_argument("out", type=Path, help="the asset folder")
+    add_training_arguments(parser, minutes=55)
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    train(arguments.data, arguments.autoencoder, arguments.out, budget_of(arguments), arguments.device)
 
 
 if __name__ == "__main__":

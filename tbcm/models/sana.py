@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from diffusers import SanaTransformer2DModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,37 @@ from tbcm.method.types import Condition, Prediction
 from tbcm.models.tangent import Dual, push
 
 TangentMode = Literal["one_pass", "two_pass"]
+
+
+class LinearAttention(SanaLinearAttnProcessor2_0):
+    """Sana's ReLU linear attention with its sums and quotient in fp32, whatever autocast says.
+
+    diffusers converts q, k and v to fp32, but under autocast the products go back to half precision: in fp16 the guard
+    of the denominator, 1e-15, is then 0, and a query whose ReLU is all zero becomes NaN.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            # [B, T, D] -> [B, heads, T, D / heads]
+            query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float() for x in (query, key, value))
+            query, key = functional.relu(query), functional.relu(key)
+            state = key.transpose(-1, -2) @ functional.pad(value, (0, 1), value=1.0)
+            out = query @ state
+            out = out[..., :-1] / (out[..., -1:] + 1e-15)
+        out = out.transpose(1, 2).flatten(-2).to(hidden_states.dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else out
 
 
 class PromptCrossAttention:
@@ -93,7 +124,8 @@ class SanaTrigFlow(nn.Module):
         self.guidance_scale = float(backbone.config.guidance_embeds_scale) if backbone.config.guidance_embeds else None
         processor = PromptCrossAttention(explicit=differentiable)
         for block in backbone.transformer_blocks:
-            block.attn2.set_processor(processor)  # the linear self-attention keeps its own, which is differentiable
+            block.attn1.set_processor(LinearAttention())
+            block.attn2.set_processor(processor)
         self.logvar_head = nn.Linear(backbone.scale_shift_table.shape[1], 1) if logvar else None
         if self.logvar_head is not None:
             nn.init.zeros_(self.logvar_head.weight)

@@ -90,9 +90,9 @@ class CAME(torch.optim.Optimizer):
             """The state's exponential moving average with `value` in it, stored and returned."""
             states = [self.state[param][key] for param in params]
             old = torch.stack(states)
-            new = torch.where(finite, old.lerp(value.view_as(old), 1 - beta), old)
-            torch._foreach_copy_(states, list(new.unbind()))
-            return new.view_as(value)
+            target = torch.where(finite, value.view_as(old), old)  # a step towards itself keeps every bit
+            torch._foreach_lerp_(states, list(target.unbind()), 1 - beta)
+            return torch.stack(states).view_as(value)
 
         grad = torch.stack([param.grad for param in params if param.grad is not None])
         grad = grad.flatten(2) if params[0].dim() >= 2 else grad.view(len(params), -1)
@@ -104,8 +104,8 @@ class CAME(torch.optim.Optimizer):
             update = grad * _factored_rsqrt(row, col)
         else:
             update = grad * average("square", square, beta2).rsqrt()
-        rms = update.square().flatten(1).mean(1).sqrt()
-        update = update / (rms / group["clip_threshold"]).clamp(min=1).view(-1, *[1] * (grad.dim() - 1))
+        rms = update.square().mean(tuple(range(1, grad.dim())), keepdim=True).sqrt()
+        update = update / (rms / group["clip_threshold"]).clamp(min=1)
         momentum = average("momentum", update, beta1)
         if grad.dim() == 3:
             instability = (update - momentum).square() + eps2

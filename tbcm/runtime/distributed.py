@@ -96,6 +96,15 @@ def all_reduce_mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(keys, stacked / world_size(), strict=True))
 
 
+def all_true(flag: Tensor) -> Tensor:
+    """Whether a bool scalar on the device is true on every rank; stays on the device."""
+    if not is_initialized():
+        return flag
+    smallest = flag.to(torch.int32)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return smallest.bool()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank (a signal may reach one rank a step before another). Blocks the host only."""
     if not is_initialized():

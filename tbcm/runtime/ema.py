@@ -76,13 +76,19 @@ class EMA:
             halflife = torch.minimum(halflife, self.ramp_up * t)
         return -torch.expm1(-math.log(2) / halflife)
 
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Gives `model` the averaged weights, rounded to its dtype."""
+        params = _trainable(model)
+        torch._foreach_copy_([params[name] for name in self.shadow], list(self.shadow.values()))
+
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
         """Inside, `model` has the averaged weights (rounded to its dtype); afterwards its own, bit for bit."""
         params = _trainable(model)
         targets = [params[name].detach() for name in self.shadow]
         own = [target.clone() for target in targets]
-        torch._foreach_copy_(targets, list(self.shadow.values()))
+        self.copy_to(model)
         try:
             yield
         finally:

@@ -44,8 +44,8 @@ class MetricLog:
             log.log(step, {"loss": loss})       # loss may be a tensor on the device
             log.advance()
 
-    `step` is the index of an update, from 0; a checkpoint "step k" has updates 0 to k - 1 in it. On resuming at
-    `start_step` k, rows of k and later, which the earlier process wrote after its last checkpoint, are cut off.
+    `step` counts the updates done, as a checkpoint's name does. On resuming at `start_step` k, rows after k, which the
+    earlier process wrote after its last checkpoint, are cut off.
 
     Where stderr is no terminal (a batch system's log), each logged step is one plain line in place of the bar.
 
@@ -75,7 +75,7 @@ class MetricLog:
         self._stack = ExitStack()
         with explain_os_errors(self._path):
             self._file = self._stack.enter_context(self._path.open("a", buffering=1, encoding="utf-8"))
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
         self._stack.callback(self._board.close)
         self._bar = self._stack.enter_context(
             tqdm(total=total_steps, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
@@ -152,7 +152,7 @@ def _to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 
 def _cut(path: Path, start_step: int) -> None:
-    """Drops the rows of `start_step` and later, and a last line that a killed process left unfinished."""
+    """Drops the rows after `start_step`, and a last line that a killed process left unfinished."""
     if not path.exists():
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _cut(path: Path, start_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
-    kept = [line for number, line in enumerate(lines, 1) if _step_of(line, path, number) < start_step]
+    kept = [line for number, line in enumerate(lines, 1) if _step_of(line, path, number) <= start_step]
     with atomic_path(path) as part:
         part.write_text("".join(kept), encoding="utf-8")
 

@@ -5,13 +5,19 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 from tbcm.errors import UserError
 from tbcm.runtime import checkpoint, distributed
+from tbcm.runtime.ema import EMA
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
 from tbcm.runtime.seeding import generator
 
@@ -25,6 +31,7 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert distributed.local_slice(5) == slice(0, 5)
     assert distributed.any_rank(True)
     assert not distributed.any_rank(False)
+    assert distributed.all_true(torch.tensor(True))
     assert distributed.run_on_main(lambda: 3) == 3
     distributed.barrier()
     distributed.shutdown()
@@ -42,18 +49,42 @@ def test_shares_are_contiguous_equal_and_cover_everything(monkeypatch: pytest.Mo
         distributed.local_slice(30)
 
 
-def model_and_optimizer() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 3)
-    return model, build_optimizer("came", model.parameters(), lr=1e-2)
+class Run:
+    def __init__(self, optimizer: str, sharded: bool = False) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.SiLU(), torch.nn.Linear(6, 3))
+        if sharded:
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (2,)))
+        self.optimizer = build_optimizer(optimizer, self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.ema = EMA(self.model)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"student": self.model, "optimizer": self.optimizer, "ema": self.ema}
+
+    def train(self, first: int, last: int) -> Run:
+        for step in range(first, last):
+            x = torch.randn(8, 4, generator=generator("cpu", 0, step, "x"))  # the global batch, on every rank
+            self.optimizer.zero_grad()
+            (self.model(x).square().mean() * (float("nan") if step == 1 else 1)).backward()
+            _, finite = clip_and_check(self.model.parameters(), 1.0)
+            gated_step(self.optimizer, finite)
+            self.ema.update(self.model, finite)
+        return self
+
+    def weights(self) -> list[Tensor]:
+        found = [*self.model.state_dict().values(), *self.ema.shadow.values()]
+        return [value.full_tensor() if isinstance(value, DTensor) else value for value in found]
 
 
-def train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    x = torch.randn(8, 4, generator=generator("cpu", 0, step, "x"))  # the global batch, on every rank
-    model.zero_grad()
-    model(x).square().mean().backward()
-    _, finite = clip_and_check(model.parameters(), 1.0)
-    gated_step(optimizer, finite)
+ARMS = [(optimizer, sharded) for optimizer in ("adamw", "came") for sharded in (False, True)]
+
+
+def save_and_load(folder: Path, optimizer: str, sharded: bool) -> bool:
+    run, other = Run(optimizer, sharded).train(0, 3), Run(optimizer, sharded)
+    checkpoint.save(folder / f"{optimizer}-{sharded}", 3, run.state, config={})
+    checkpoint.load(folder / f"{optimizer}-{sharded}", other.state)
+    return all(map(torch.equal, run.weights(), other.weights()))
 
 
 def refuse() -> None:
@@ -65,25 +96,17 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     distributed.init("cpu")
-    whole = torch.randn(6, generator=generator("cpu", 0, 0, "noise"))
-    means = distributed.all_reduce_mean({"b": torch.tensor(rank * 2.0), "a": whole[distributed.local_slice(6)].mean()})
-    said = ""
+    noise = torch.randn(6, generator=generator("cpu", 0, 0, "noise"))
+    means = distributed.all_reduce_mean({"b": torch.tensor(rank * 2.0), "a": noise[distributed.local_slice(6)].mean()})
+    report: dict[str, Any] = {"a": means["a"].item(), "b": means["b"].item(), "noise": noise.mean().item()}
     try:
         distributed.run_on_main(refuse)
     except UserError as error:
-        said = str(error)
-    chosen = distributed.run_on_main(lambda: f"by rank {rank}")
-    stop = [distributed.any_rank(flag) for flag in (False, rank == 1)]
-
-    model, optimizer = model_and_optimizer()
-    train_step(model, optimizer, 0)
-    saved = checkpoint.save(folder, 1, {"student": model, "optimizer": optimizer}, config={})
-    other, other_optimizer = model_and_optimizer()
-    manifest = checkpoint.load(folder, {"student": other, "optimizer": other_optimizer})
-    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-
-    report = {"a": means["a"].item(), "b": means["b"].item(), "whole": whole.mean().item(), "said": said}
-    report |= {"chosen": chosen, "stop": stop, "same": same, "ranks": manifest["ranks"], "saved": str(saved)}
+        report["said"] = str(error)
+    report["chosen"] = distributed.run_on_main(lambda: f"by rank {rank}")
+    report["stop"] = [distributed.any_rank(flag) for flag in (False, rank == 1)]
+    report["all_true"] = [bool(distributed.all_true(torch.tensor(flag))) for flag in (True, rank == 1)]
+    report["restored"] = [save_and_load(folder, *arm) for arm in ARMS]
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
     distributed.barrier()
     distributed.shutdown()
@@ -93,22 +116,20 @@ def test_two_ranks(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(two_ranks, args=(port, tmp_path), nprocs=2)
+    spawn(two_ranks, args=(port, tmp_path), nprocs=2)
     for rank in range(2):
         report = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert report["a"] == pytest.approx(report["whole"], abs=1e-6)
+        assert report["a"] == pytest.approx(report["noise"], abs=1e-6)
         assert report["b"] == 1.0
         assert report["said"] == "rank 0 says no"
         assert report["chosen"] == "by rank 0"
         assert report["stop"] == [False, True]
-        assert report["same"]
-        assert report["ranks"] == 2
+        assert report["all_true"] == [True, False]
+        assert report["restored"] == [True] * len(ARMS)
 
-    # Two ranks' checkpoint continues bit for bit in one process.
-    model, optimizer = model_and_optimizer()
-    checkpoint.load(tmp_path, {"student": model, "optimizer": optimizer})
-    train_step(model, optimizer, 1)
-    straight, straight_optimizer = model_and_optimizer()
-    for step in range(2):
-        train_step(straight, straight_optimizer, step)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), straight.parameters(), strict=True))
+    for optimizer, sharded in ARMS:  # the two ranks' checkpoint goes on in this one process, and as if never sharded
+        resumed, straight = Run(optimizer), Run(optimizer).train(0, 5)
+        assert checkpoint.load(tmp_path / f"{optimizer}-{sharded}", resumed.state)["ranks"] == 2
+        resumed.train(3, 5)
+        for a, b in zip(resumed.weights(), straight.weights(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if sharded else 0)

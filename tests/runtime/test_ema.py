@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,10 +130,11 @@ def test_state_continues_bit_for_bit() -> None:
 
 
 def test_wrong_numbers_are_user_errors() -> None:
-    for arguments in (
+    wrong: list[dict[str, Any]] = [
         {"kind": "exponential"},
         {"kind": "power", "sigma_rel": 0.3},
         {"kind": "halflife", "halflife": 0},
-    ):
+    ]
+    for arguments in wrong:
         with pytest.raises(UserError):
-            EMA(Model(), **arguments)  # type: ignore[arg-type]
+            EMA(Model(), **arguments)

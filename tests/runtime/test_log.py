@@ -21,30 +21,29 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 def test_rows_are_there_at_once_and_valid_json(tmp_path: Path) -> None:
     with MetricLog(tmp_path, 10) as log:
-        log.log(0, {"loss": torch.tensor(0.5), "lr": 1e-5, "count": torch.tensor(3), "norm": torch.tensor(math.inf)})
+        log.log(1, {"loss": torch.tensor(0.5), "lr": 1e-5, "count": torch.tensor(3), "norm": torch.tensor(math.inf)})
         (row,) = rows(tmp_path)  # before closing: a kill must not cost rows
-        log.log(1, {"loss": float("nan")})
+        log.log(2, {"loss": float("nan")})
     assert list(row) == ["step", "time", "loss", "lr", "count", "norm"]
-    assert (row["step"], row["loss"], row["lr"], row["count"], row["norm"]) == (0, 0.5, 1e-5, 3.0, "inf")
+    assert (row["step"], row["loss"], row["lr"], row["count"], row["norm"]) == (1, 0.5, 1e-5, 3.0, "inf")
     assert rows(tmp_path)[1]["loss"] == "nan"
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_resuming_leaves_no_row_twice(tmp_path: Path) -> None:
+def test_resuming_leaves_no_row_twice_and_loses_none(tmp_path: Path) -> None:
     with MetricLog(tmp_path, 10) as log:
-        for step in range(6):
+        for step in range(1, 7):
             log.log(step, {"loss": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # killed in the middle of a row
-    with MetricLog(tmp_path, 10, start_step=4) as log:
-        for step in range(4, 7):
+        file.write('{"step": 7, "lo')  # killed in the middle of a row
+    with MetricLog(tmp_path, 10, start_step=4) as log:  # from the checkpoint of step 4
+        for step in range(5, 8):
             log.log(step, {"loss": step * 10})
-    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
-        (0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60)
-    ]  # fmt: skip
+    expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70)]
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == expected
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("loss")][3:] == [(3, 3), (4, 40), (5, 50), (6, 60)]
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == expected
 
 
 def test_a_file_that_is_not_metrics_is_not_cut(tmp_path: Path) -> None:

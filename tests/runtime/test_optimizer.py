@@ -209,13 +209,14 @@ def test_clipping_scales_to_the_global_norm() -> None:
 
 
 def test_wrong_arguments_are_user_errors() -> None:
-    for arguments in (
+    wrong: list[dict[str, Any]] = [
         {"name": "adam"},
         {"name": "came", "betas": (0.9, 0.99)},
         {"name": "adamw", "eps": (1e-30, 1e-16)},
-    ):
+    ]
+    for arguments in wrong:
         with pytest.raises(UserError):
-            build_optimizer(params=parameters(), lr=1e-3, **arguments)  # type: ignore[arg-type]
+            build_optimizer(params=parameters(), lr=1e-3, **arguments)
 
 
 def test_an_optimizer_that_ignores_the_flag_is_refused() -> None:

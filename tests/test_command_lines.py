@@ -1,0 +1,249 @@
+"""The command lines as a user meets them: a whole small run, and every kind of bad input in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SanaSprintPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import metrics, write_config, write_teacher
+
+from tbcm import export, sample, train
+from tbcm.generation import open_sampler
+from tbcm.runtime import checkpoint
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"a {c} ball" for c in ("red", "green", "blue", "black", "white")) + "\n")
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line's `main` in this process: exit code, stdout, stderr."""
+
+    def run(main: Callable[[], int], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tbcm", *map(str, arguments)])
+        code = main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path, teacher: Path, prompts: Path) -> Path:
+    return write_config(tmp_path / "c.yaml", teacher, prompts, tmp_path / "run", log={"every": 2, "preview_every": 3})
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.txt").write_text("a red ball\na blue ball\n")
+    path = write_config(
+        folder / "c.yaml", teacher, folder / "prompts.txt", folder / "run", train={"steps": 3, "prompts_per_step": 2}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tbcm", str(path)])
+        assert train.main() == 0
+    return folder / "run"
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1, err
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_train_resume_sample_and_previews(call: Run, config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call(train.main, config, "train.steps=4")[0] == 0
+    assert_one_line(call(train.main, config), str(run), "--resume")
+    assert call(train.main, config, "--resume")[0] == 0
+    assert [row["step"] for row in metrics(run)] == [2, 4, 6]
+    assert {p.name for p in (run / "images").iterdir()} == {f"preview-0000000{i}.png" for i in (0, 3, 6)}
+    assert list((run / "tensorboard").iterdir())
+    code, out, _ = call(sample.main, run, "a red ball", "a cat", "--steps", 2, "--out", tmp_path / "s")
+    assert code == 0 and str(tmp_path / "s" / "sheet.png") in out
+    assert Image.open(tmp_path / "s" / "0001.png").size == (64, 64)
+    assert call(sample.main, run, "a cat", "--teacher", "--steps", 3, "--out", tmp_path / "t")[0] == 0
+    assert_one_line(call(sample.main, run, "a cat", "--steps", 0), "--steps 0")
+
+
+def test_print_config_loads_nothing_and_is_a_configuration(call: Run, config: Path, tmp_path: Path) -> None:
+    code, out, _ = call(train.main, config, "train.steps=11", "teacher.path=nowhere", "--print-config")
+    assert code == 0 and "steps: 11" in out
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    assert call(train.main, again, "--print-config")[1] == out
+
+
+@pytest.mark.parametrize("name", ["sana-600m", "emoji"])
+def test_dry_run_counts_parameters_flops_and_memory(call: Run, name: str) -> None:
+    path = ROOT / "configs" / ("emoji.yaml" if name == "emoji" else "sana_1gpu.yaml")
+    few = ["method.route.points=2", "train.prompts_per_step=2"]
+    code, out, _ = call(train.main, path, "--dry-run", "--device", "cpu", *few)
+    assert code == 0 and "accounted, not measured" in out and "TFLOP" in out
+    assert {"sana-600m": "591.9 M parameters", "emoji": "5.3 M parameters"}[name] in out
+
+
+def test_exported_student_is_a_sana_sprint_pipeline_with_our_latents(call: Run, finished: Path, tmp_path: Path) -> None:
+    """The same latents as tbcm.sample's for the same noise in 1, 2 and 4 steps, from plain diffusers."""
+    out = tmp_path / "pipeline"
+    assert call(export.main, finished, out)[0] == 0
+    assert_one_line(call(export.main, finished, out), str(out), "exists")
+    pipeline = SanaSprintPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    ours, again = open_sampler(str(finished), device="cpu"), open_sampler(str(out), device="cpu")
+    names = ["a red ball", "a blue ball"]
+    embeds, mask = ours.text.encoder.encode(names)
+    for steps in (1, 2, 4):
+        latents = ours.latents(names, steps=steps, guidance=2.5, seed=3)
+        torch.testing.assert_close(again.latents(names, steps=steps, guidance=2.5, seed=3), latents)
+        draws = [generator_of(3, i) for i in range(2)]
+        theirs = pipeline(
+            prompt_embeds=embeds,
+            prompt_attention_mask=mask.float(),
+            num_inference_steps=steps,
+            intermediate_timesteps=1.3 if steps == 2 else None,
+            guidance_scale=2.5,
+            generator=draws,
+            height=64,
+            width=64,
+            use_resolution_binning=False,
+            output_type="latent",
+        )[0]
+        torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-4)
+
+
+def generator_of(seed: int, image: int) -> torch.Generator:
+    from tbcm.runtime.seeding import generator
+
+    return generator("cpu", seed, image, "sample")
+
+
+def test_a_teacher_with_another_time_scale_trains_but_cannot_be_exported(
+    call: Run, tmp_path: Path, prompts: Path
+) -> None:
+    other = write_teacher(tmp_path / "sparse", timestep_scale=1.0)
+    path = write_config(tmp_path / "c.yaml", other, prompts, tmp_path / "run", train={"steps": 1})
+    assert call(train.main, path)[0] == 0
+    assert_one_line(call(export.main, tmp_path / "run", tmp_path / "out"), "1000", "cannot be exported")
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+def test_prompt_files(call: Run, config: Path, tmp_path: Path) -> None:
+    def given(content: bytes | None, name: str = "p.txt") -> tuple[int, str, str]:
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        return call(train.main, config, f"data.prompts={path}")
+
+    assert_one_line(given(None, "missing.txt"), "missing.txt")
+    assert_one_line(given(b""), "p.txt", "empty")
+    assert_one_line(given("a caf\xe9\n".encode("latin-1")), "p.txt", "UTF-8")
+    assert_one_line(given(b"fine\n" + b"x" * 10_000 + b"\n"), "p.txt", "2", "10000")
+    assert_one_line(given(b"x", "p.docx"), "p.docx", ".txt")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_folders_that_are_no_teacher(call: Run, config: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_one_line(call(train.main, config, f"teacher.path={tmp_path / 'empty'}"), "empty", "model_index.json")
+    assert_one_line(call(train.main, config, f"teacher.path={tmp_path / 'nowhere'}"), "nowhere", "model_index.json")
+    cut = tmp_path / "cut"
+    shutil.copytree(teacher, cut)
+    weights = cut / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert_one_line(call(train.main, config, f"teacher.path={cut}"), "cut", "transformer")
+    assert_one_line(call(sample.main, tmp_path / "empty", "a cat"), "empty", "neither")
+    assert_one_line(call(sample.main, teacher, "a cat"), "--teacher")
+
+
+def test_unknown_keys_are_refused_before_anything_is_loaded(call: Run, config: Path, tmp_path: Path) -> None:
+    assert_one_line(call(train.main, config, "train.stepz=3", "teacher.path=nowhere"), "train.stepz")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_cut_in_half(call: Run, config: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert call(train.main, config, "checkpoint.every=2", "train.steps=4")[0] == 0
+    newest = sorted(checkpoints.iterdir())[-1]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, _, err = call(train.main, config, "--resume")
+    assert code == 0 and "damaged" in err and "resumed after step 2" in err
+    for folder in checkpoints.iterdir():
+        for file in folder.glob("*.distcp"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert_one_line(call(train.main, config, "--resume"), "damaged")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    call: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    real, calls = dcp.save, []
+
+    def save(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", save)
+    assert_one_line(call(train.main, config, "checkpoint.every=2"), "disk is full", "step-00000004")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def test_two_runs_in_one_folder(call: Run, config: Path, tmp_path: Path) -> None:
+    from tbcm.runtime.files import RunLock
+
+    with RunLock(tmp_path / "run"):
+        assert_one_line(call(train.main, config), "in use")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tbcm.train", str(config), "train.steps=100000", "log.preview_every=0"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in err, err
+    assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def test_the_black_latent_is_made_once_and_kept_with_the_run(finished: Path) -> None:
+    stored = load_file(finished / "black_latent.safetensors")
+    assert stored["64"].shape == (4, 8, 8) and stored["64"].dtype == torch.float32

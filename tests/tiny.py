@@ -1,0 +1,108 @@
+"""A complete run in miniature: a teacher folder, a text encoder without weights, a configuration, the parts of a trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from helpers import TINY, tiny_sana
+from torch import Tensor
+
+from tbcm.build import Parts, build_student
+from tbcm.config import Config, parse_config
+from tbcm.models.loading import freeze
+from tbcm.models.sana import SanaTrigFlow
+from tbcm.rollouts import TextConditions
+from tbcm.runtime.files import write_json
+
+PROMPTS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("cat", "dog", "sun")]
+
+
+class HashEncoder:
+    """A text encoder without weights: token states are a function of the prompt's characters."""
+
+    dim, max_tokens = TINY["caption_channels"], 5
+
+    def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
+        def states(prompt: str) -> Tensor:
+            seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
+            return torch.randn(self.max_tokens, self.dim, generator=torch.Generator().manual_seed(seed))
+
+        length = torch.tensor([min(self.max_tokens, 1 + len(p) // 3) for p in prompts])
+        mask = torch.arange(self.max_tokens) < length[:, None]
+        return torch.stack([states(p) for p in prompts]), mask
+
+
+def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
+    """A few steps of everything; keyword arguments update sections, `train={"steps": 3}`."""
+    tree: dict[str, dict[str, Any]] = {
+        "teacher": {"path": "unused", "null_mask": "own", "image_size": 64},
+        "text": {"encoder": "minilm", "max_tokens": 8},
+        "data": {"prompts": "unused"},
+        "method": {
+            "guidance": [2.0, 3.0],
+            "route": {"points": 4, "per_prompt": True},
+            "r": {"warmup_steps": 4, "final": 1.0, "cooldown_start": None},
+        },
+        "optimizer": {"name": "adamw", "lr": 1e-3, "clip": 1.0},
+        "train": {"steps": 6, "prompts_per_step": 4},
+        "log": {"every": 2, "preview_every": 0},
+        "checkpoint": {"every": 100},
+    }
+    for name, update in sections.items():
+        tree[name] = {**tree.get(name, {}), **update}
+    return parse_config({"out": str(out), **tree}, "tiny")
+
+
+def tiny_parts(config: Config, **backbone: Any) -> Parts:
+    teacher = SanaTrigFlow(tiny_sana(**backbone), timestep_scale=1.0, differentiable=False)
+    freeze(teacher)
+    text = TextConditions(HashEncoder(), config.teacher.null_mask)
+    return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8))
+
+
+def tiny_vae() -> AutoencoderDC:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderDC(
+            latent_channels=4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            encoder_layers_per_block=(1,) * 4,
+            decoder_layers_per_block=(1,) * 4,
+            encoder_qkv_multiscales=((),) * 4,
+            decoder_qkv_multiscales=((),) * 4,
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.7,
+        )
+
+
+def write_teacher(folder: Path, **transformer: Any) -> Path:
+    """A SanaPipeline folder with MiniLM's 384 caption channels, dense time, and no text encoder of its own."""
+    SanaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=tiny_vae(),
+        transformer=tiny_sana(**{"caption_channels": 384, "timestep_scale": 0.001, **transformer}),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_config(path: Path, teacher: Path, prompts: Path, out: Path, **sections: dict[str, Any]) -> Path:
+    """The tiny configuration as a file that the command lines read (JSON is YAML)."""
+    config = tiny_config(out, **sections).model_dump(mode="json")
+    config["teacher"]["path"], config["data"]["prompts"] = str(teacher), str(prompts)
+    write_json(path, config)
+    return path
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
