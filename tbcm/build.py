@@ -48,8 +48,8 @@ def pipeline_of(config: Config) -> Pipeline:
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
     prompts = build_prompts(config)
-    black = build_black_latent(config, device)
     teacher = build_teacher(config, device)
+    black = build_black_latent(config, device)
     return Parts(teacher, build_student(config, teacher), build_text(config, device), prompts, black)
 
 

@@ -12,7 +12,7 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tbcm.accounting import FlopCounter, MemoryCounter
+from tbcm.accounting import CostCounter
 from tbcm.build import Parts, build_parts, build_student, dtype_of, pipeline_of
 from tbcm.config import Config
 from tbcm.errors import UserError
@@ -42,23 +42,23 @@ def dry_run(config: Config, device_name: str | None) -> None:
         if device.type == "cpu":
             config = _as_on_a_gpu(config)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        memory = stack.enter_context(MemoryCounter())
+        counter = stack.enter_context(CostCounter())
         trainer = Trainer(config, device, parts or random_parts(config, device))
         if rollouts > 1:
             for parameter in trainer.parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        resident = memory.live
-        with FlopCounter() as flops:
-            trainer.train_step()
+        resident, flops = counter.live, counter.flops
+        trainer.train_step()
+        flops = counter.flops - flops
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         cost = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
     else:
         cost = (
-            f"{memory.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
+            f"{counter.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
             " tensors on the meta device, in the precision of a GPU)"
         )
-    print(report(trainer, rollouts, source, flops.total, cost))
+    print(report(trainer, rollouts, source, flops, cost))
 
 
 def _one_rollout(config: Config) -> tuple[Config, int]:
@@ -160,11 +160,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _as_on_a_gpu(config: Config) -> Config:
     """Where a precision is auto, what it would be on a GPU."""
 
-    def bf16(section: object) -> object:
-        auto = section.precision == "auto"
-        return section.model_copy(update={"precision": "bf16"}) if auto else section  # type: ignore[attr-defined]
-
-    update = {name: bf16(getattr(config, name)) for name in ("teacher", "text", "student")}
+    update = {
+        name: section.model_copy(update={"precision": "bf16"})
+        for name, section in (("teacher", config.teacher), ("text", config.text), ("student", config.student))
+        if section.precision == "auto"
+    }
     return config.model_copy(update=update)
 
 

@@ -14,6 +14,7 @@ EPILOG = """
 The folder loads with plain diffusers:
   pipe = diffusers.SanaSprintPipeline.from_pretrained(OUT)
   pipe("a red panda", num_inference_steps=1, intermediate_timesteps=None)   # its default, 1.3, is for two steps only
+A student of the emoji teacher has no Gemma: from_pretrained(OUT, text_encoder=None, tokenizer=None), and prompt_embeds.
 """
 
 

@@ -61,11 +61,11 @@ def draw(
 
 def draw_route(route: Route, routes: int, t_max: float, sigma_data: float, source: torch.Generator) -> Tensor:
     """`routes` routes of the configured kind, [routes, N]."""
-    size, options = (routes, route.points), {"generator": source, "device": source.device}
+    size = routes, route.points
     if route.kind == "logit_normal":
-        normal = torch.randn(size, **options)
+        normal = torch.randn(size, generator=source, device=source.device)
         return logit_normal_route(normal, t_max, sigma_data=sigma_data, mean=route.p_mean, std=route.p_std)
-    uniform = torch.rand(size, **options)
+    uniform = torch.rand(size, generator=source, device=source.device)
     if route.kind == "random":
         return random_route(uniform, t_max)
     return reference_route(uniform, t_max, shift=route.shift, train_timesteps=route.train_timesteps)

@@ -13,4 +13,4 @@ def keep_mask(xbar0: Tensor, black: Tensor, uniform: Tensor, threshold: float = 
     Stays on the device.
     """
     mse = (xbar0 - black).square().mean(dim=(1, 2, 3))
-    return uniform * threshold < mse
+    return uniform * threshold <= mse

@@ -6,6 +6,8 @@ randomness decides how many routes there are and what they depend on. Times are 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,25 @@ from tbcm.method.trigflow import time_from_flow
 
 def _route(t: Tensor, t_max: float) -> Tensor:
     """Sorted descending, the largest replaced by t_max, where a trajectory has to start."""
-    t = t.sort(dim=-1, descending=True).values.clamp(max=t_max)
+    t = t.sort(dim=-1, descending=True).values
     t[..., 0] = t_max
     return t.float()
 
 
 def random_route(uniform: Tensor, t_max: float) -> Tensor:
-    """N uniform draws on [0, t_max]."""
-    return _route(uniform.double() * t_max, t_max)
+    """N uniform draws on (0, t_max]: a generator's draw may be 0, where w(t) is infinite, but never 1."""
+    return _route((1 - uniform.double()) * t_max, t_max)
 
 
 def logit_normal_route(
     normal: Tensor, t_max: float, *, sigma_data: float, mean: float = 0.2, std: float = 1.6
 ) -> Tensor:
-    """sigma_d tan t = e^a with a ~ N(mean, std^2) (sCM's proposal; the paper's line prints it garbled)."""
-    return _route(torch.atan2((normal.double() * std + mean).exp(), torch.tensor(sigma_data).double()), t_max)
+    """sigma_d tan t = e^a with a ~ N(mean, std^2), cut off at t_max (sCM's proposal; the paper's line prints it garbled)."""
+    # Cut off through the inverse distribution function: clamping would put several points of a route at t_max.
+    highest = (math.log(sigma_data * math.sin(t_max) / max(math.cos(t_max), 1e-16)) - mean) / std
+    below = 0.5 * math.erfc(-highest / math.sqrt(2))  # the share of the proposal below t_max
+    normal = torch.special.ndtri(torch.special.ndtr(normal.double()) * below)
+    return _route(torch.atan2((normal * std + mean).exp(), torch.full_like(normal, sigma_data)), t_max)
 
 
 def reference_edges(points: int, *, shift: float = 2.5, train_timesteps: int = 1000) -> Tensor:

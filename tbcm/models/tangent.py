@@ -22,7 +22,7 @@ def push(fn: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Dual) -> tuple
     if any(tangent is None for tangent in tangents):
         out = fn(*values)
         return tuple((y, None) for y in (out if isinstance(out, tuple) else (out,)))
-    out, d_out = torch.func.jvp(fn, values, tangents)
+    out, d_out, *_ = torch.func.jvp(fn, values, tangents)
     if not isinstance(out, tuple):
         out, d_out = (out,), (d_out,)
     return tuple((y, dy.detach()) for y, dy in zip(out, d_out, strict=True))

@@ -113,6 +113,14 @@ def test_came_survives_rows_without_gradient() -> None:
     assert torch.equal(zero, torch.ones(4, 3))
 
 
+def test_came_without_any_instability_divides_by_its_eps() -> None:
+    """With b1 = 0 the momentum is the update: S = (1 - b3) eps2, and a clipped update of ones moves by lr / sqrt(S)."""
+    param = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    param.grad = torch.ones_like(param)
+    gated_step(build_optimizer("came", [param], lr=3e-11, betas=(0, 0.999, 0.9999), eps=(1e-30, 1e-16)), FINITE)
+    torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 3e-11 / (1e-4 * 1e-16) ** 0.5))
+
+
 def test_came_state_is_factored() -> None:
     param = torch.nn.Parameter(torch.zeros(8, 4, 3, 3))
     state = build_optimizer("came", [param], lr=1.0).state[param]

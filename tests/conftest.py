@@ -1,0 +1,37 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def double_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps fp64 tensors fp64 where diffusers computes in fp32 (time embedding, RMSNorm, linear attention).
+
+    Without it a finite difference through such a layer agrees with a derivative to 1e-3 only.
+    """
+    to, to_float = torch.Tensor.to, torch.Tensor.float
+
+    def keep_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.dtype == torch.float64 and torch.float32 in (kwargs.get("dtype"), *args):
+            return self
+        return to(self, *args, **kwargs)
+
+    def keep_float(self: torch.Tensor) -> torch.Tensor:
+        return self if self.dtype == torch.float64 else to_float(self)
+
+    monkeypatch.setattr(torch.Tensor, "to", keep_to)
+    monkeypatch.setattr(torch.Tensor, "float", keep_float)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before the test, and its compiled functions forgotten after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tbcm.accounting import CostCounter
+
+
+def test_flops_of_a_linear_layer_forward_and_backward() -> None:
+    layer, x = nn.Linear(7, 5), torch.randn(3, 7, requires_grad=True)
+    with CostCounter() as counter:
+        y = layer(x)
+        assert counter.flops == 2 * 3 * 7 * 5
+        y.sum().backward()
+    assert counter.flops == 3 * 2 * 3 * 7 * 5  # and the gradients of weight and input
+
+
+def test_flops_of_a_depthwise_convolution() -> None:
+    """Grouped: each output channel sees one input channel, backward too."""
+    layer, x = nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.randn(2, 6, 4, 4, requires_grad=True)
+    with CostCounter() as counter:
+        y = layer(x)
+        once = 2 * (2 * 6 * 4 * 4) * 9
+        assert counter.flops == once
+        y.sum().backward()
+    assert counter.flops == 3 * once
+
+
+def test_memory_goes_up_and_down_with_storages() -> None:
+    for mode in (None, FakeTensorMode()):
+        with mode or torch.no_grad(), CostCounter() as counter:
+            a = torch.zeros(100)  # 400 bytes
+            b = a.view(10, 10)  # shares them
+            c = torch.zeros(50)
+            assert counter.live == 600
+            del a
+            assert counter.live == 600
+            del b
+            assert counter.live == 200
+            del c
+        assert (counter.live, counter.peak) == (0, 600)
