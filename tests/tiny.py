@@ -1,4 +1,4 @@
-"""A complete run in miniature: a teacher folder, a text encoder without weights, a configuration, the parts of a trainer."""
+"""A complete run in miniature: teacher folder, text encoder without weights, configuration, parts of a trainer."""
 
 from __future__ import annotations
 

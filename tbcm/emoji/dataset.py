@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,8 +113,10 @@ def visible_slugs(icons: dict[str, dict[str, Any]]) -> list[str]:
 
 def render(icon: dict[str, Any], default_size: int, size: int = SIZE) -> Image.Image:
     """An Iconify icon as an RGB image of `size` x `size` pixels on white, centred where it is not square."""
-    import resvg_py  # only the recipe needs it, not those who read an atlas
-
+    try:
+        import resvg_py  # only the recipe needs it, not those who read an atlas
+    except ModuleNotFoundError as error:
+        raise UserError("emoji dataset: rendering needs the package resvg-py: pip install tbcm[emoji]") from error
     width, height = icon.get("width", default_size), icon.get("height", default_size)
     side = max(width, height)
     left, top = icon.get("left", 0) - (side - width) / 2, icon.get("top", 0) - (side - height) / 2
@@ -134,7 +137,7 @@ def fetch(folder: Path) -> None:
         )
     except FileNotFoundError:
         raise UserError(
-            "emoji dataset: `npm` is not installed; install it, or download the packages elsewhere and pass --packages DIR"
+            "emoji dataset: `npm` is not installed; install it, or pass --packages DIR with the tarballs"
         ) from None
     if done.returncode:
         reason = (done.stderr.strip() or "no message").splitlines()[-1]
@@ -145,12 +148,13 @@ def read_icons(tarball: Path) -> dict[str, Any]:
     """The `icons.json` of an Iconify tarball."""
     if not tarball.is_file():
         raise UserError(f"emoji dataset: {tarball} is missing; fetch it with `npm pack`, or leave --packages out")
-    with tarfile.open(tarball) as archive:
-        member = archive.extractfile("package/icons.json")
-        if member is None:
-            raise UserError(f"emoji dataset: {tarball} holds no package/icons.json; download it again")
-        icons: dict[str, Any] = json.load(member)
-    return icons
+    try:
+        with tarfile.open(tarball) as archive:
+            member = archive.extractfile("package/icons.json")
+            data: dict[str, Any] = json.loads(member.read() if member else b"")
+    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
+        raise UserError(f"emoji dataset: {tarball} is no package of icons ({error}); download it again") from error
+    return data
 
 
 def atlas_name(style: str) -> str:
@@ -184,7 +188,7 @@ def load_images(folder: str | Path) -> EmojiImages:
     if not captions.is_file():
         raise UserError(f"emoji dataset: {captions} is missing; make it with `python -m tbcm.emoji.dataset {folder}`")
     entries = [Entry(**row) for row in json.loads(captions.read_text())["images"]]
-    counts = {style: sum(entry.style == style for entry in entries) for style in {e.style: None for e in entries}}
+    counts = Counter(entry.style for entry in entries)  # in the order of the file
     images = torch.cat([read_atlas(folder / atlas_name(style), count) for style, count in counts.items()])
     return EmojiImages(images, entries)
 

@@ -33,8 +33,8 @@ EMA_DECAY = 0.999
 
 
 def make_transformer() -> SanaTransformer2DModel:
-    """5.3 M parameters, 4 x 4 tokens of 2 x 2 latent pixels. `timestep_scale` 0.001 is for schedulers whose times run to
-    1000: the network itself takes the flow-matching time s in [0, 1]."""
+    """5.3 M parameters, 4 x 4 tokens of 2 x 2 latent pixels. `timestep_scale` 0.001 is for schedulers whose times run
+    to 1000: the network itself takes the flow-matching time s in [0, 1]."""
     return SanaTransformer2DModel(
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,

@@ -178,7 +178,8 @@ class SanaTrigFlow(nn.Module):
     def _embed(self, u: Tensor, t: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, T, D], block modulation [B, 6 D] and time (+ guidance) embedding [B, D]."""
         net, s = self.backbone, flow_time(t)
-        h = net.patch_embed(flow_input(u, s).to(net.dtype))
+        # Contiguous, as blocks return it: with other strides the first block would have a compiled graph of its own.
+        h = net.patch_embed(flow_input(u, s).to(net.dtype)).contiguous()
         options: dict[str, object] = {"hidden_dtype": h.dtype}
         if self.guidance_scale is not None:
             if guidance is None:

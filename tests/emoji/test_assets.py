@@ -77,7 +77,7 @@ def test_teacher_loads_with_plain_diffusers() -> None:
 
 def test_latents_are_standardised(vae: AutoencoderDC, real: tuple[Tensor, list[dict[str, object]]]) -> None:
     assert vae.config.scaling_factor == 1
-    std, mean = torch.std_mean(encode(vae, real[0][::6]), dim=(0, 2, 3))
+    std, mean = torch.std_mean(encode(vae, real[0][::12]), dim=(0, 2, 3))
     assert mean.abs().max() < 0.15
     assert (std - 1).abs().max() < 0.2
 
@@ -85,7 +85,7 @@ def test_latents_are_standardised(vae: AutoencoderDC, real: tuple[Tensor, list[d
 def test_held_out_images_are_reconstructed(vae: AutoencoderDC, real: tuple[Tensor, list[dict[str, object]]]) -> None:
     images, rows = real
     unseen = torch.tensor([bool(row["held_out"]) for row in rows])
-    assert psnr(vae, images[unseen][::2]) > 25  # dB; 26.0 when it was made
+    assert psnr(vae, images[unseen][::3]) > 25  # dB; 26.0 when it was made
 
 
 def test_black_latent_is_the_latent_of_black(vae: AutoencoderDC) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,23 @@ def test_missing_tarball_is_named(packages: Path, tmp_path: Path) -> None:
         build(tmp_path / "out", packages)
 
 
+@pytest.mark.parametrize("content", [b"not a tarball", b""])
+def test_broken_tarball_is_named(packages: Path, tmp_path: Path, content: bytes) -> None:
+    (packages / "iconify-json-noto-1.2.9.tgz").write_bytes(content)
+    with pytest.raises(UserError, match=r"iconify-json-noto-1\.2\.9\.tgz is no package of icons"):
+        build(tmp_path / "out", packages)
+
+
+def test_tarball_without_icons_is_named(packages: Path, tmp_path: Path) -> None:
+    with tarfile.open(packages / "iconify-json-noto-1.2.9.tgz", "w:gz") as archive:
+        archive.add(packages / "iconify-json-noto-v1-1.2.5.tgz", "package/readme")
+    with pytest.raises(UserError, match=r"is no package of icons.*icons\.json.*not found"):
+        build(tmp_path / "out", packages)
+
+
 def test_without_npm_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="npm.*not installed.*--packages"):
+    with pytest.raises(UserError, match=r"npm.*not installed.*--packages"):
         fetch(tmp_path)
 
 

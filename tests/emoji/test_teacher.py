@@ -81,6 +81,7 @@ def test_recipe_writes_assets_that_plain_diffusers_loads(
             return torch.ones(*shape, 384), torch.ones(shape, dtype=torch.bool)
 
     monkeypatch.setattr(teacher, "MiniLMEncoder", Constant)
+    monkeypatch.setattr("tbcm.emoji.sampler.COLUMNS", 2)
     autoencoder.train(data, tmp_path / "vae", Budget(steps=1), "cpu")
     out = tmp_path / "assets"
     teacher.train(data, tmp_path / "vae", out, Budget(steps=2), "cpu")

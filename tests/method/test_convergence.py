@@ -160,9 +160,9 @@ def test_a_network_learns_the_exact_one_step_map() -> None:
     before = one_step_error(student)
     assert before == pytest.approx(0.3, rel=0.05)  # the teacher's one step lands on the mean, one std away
     trained = train(
-        student, torch.optim.Adam(student.parameters(), 3e-3, betas=(0.9, 0.99)), steps=200, prompts=48, r=1.0
+        student, torch.optim.Adam(student.parameters(), 3e-3, betas=(0.9, 0.99)), steps=250, prompts=48, r=1.0
     )
-    assert one_step_error(trained) < 0.2 * before
+    assert one_step_error(trained) < 0.25 * before
 
 
 @pytest.mark.parametrize(("r", "other"), [(1.0, 0.75), (0.75, 1.0)])
@@ -172,5 +172,5 @@ def test_training_converges_to_the_fixed_point_of_its_own_r(r: float, other: flo
     train(student, torch.optim.SGD(parameters, 3e-2, momentum=0.9), steps=150, prompts=16, r=r)
     start = torch.tensor([HALF_PI], dtype=torch.float64)
     gain = student.F(torch.ones(1, 1, 1, 1), start.float()).item()
-    assert gain == pytest.approx(fixed_point(CENTRED, start, r).item(), rel=0.025)
+    assert gain == pytest.approx(fixed_point(CENTRED, start, r).item(), rel=0.02)
     assert gain != pytest.approx(fixed_point(CENTRED, start, other).item(), rel=0.05)

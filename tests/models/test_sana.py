@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from helpers import random_condition, tiny_sana
+from torch import Tensor
+
+from tbcm.method.consistency import consistency_loss
+from tbcm.method.rollout import embedded, guided
+from tbcm.method.sampling import consistency_sample, student_times
+from tbcm.method.types import Condition, Prediction
+from tbcm.models.sana import SanaTrigFlow
+
+PROMPTS, POINTS = 2, 3
+BACKBONES = {
+    "plain": {},
+    "guidance": {"guidance_embeds": True},
+    "patch2": {"patch_size": 2, "guidance_embeds": True},
+    "no_norm": {"qk_norm": None, "interpolation_scale": 1},
+}
+every_backbone = pytest.mark.parametrize("kind", BACKBONES)
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+def backbone_of(kind: str, **config: object) -> SanaTransformer2DModel:
+    return tiny_sana(**{**BACKBONES[kind], **config})
+
+
+class Batch:
+    """Random inputs of P prompts with n points each, and a direction to differentiate along."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, size: tuple[int, int] = (8, 8)) -> None:
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randn, generator=generator, dtype=dtype)
+        samples = PROMPTS * POINTS
+        self.condition = random_condition(PROMPTS)
+        self.u, self.du, self.weight = (draw(samples, 4, *size) for _ in range(3))
+        self.t = 0.1 + 1.4 * torch.rand(samples, generator=generator, dtype=dtype)
+        self.dt = draw(samples)
+        self.guidance = 4 + torch.rand(PROMPTS, generator=generator, dtype=dtype).repeat_interleave(POINTS)
+
+    def predict(self, net: SanaTrigFlow, tangents: bool = True) -> Prediction:
+        return net(self.u, self.t, self.condition, self.guidance, (self.du, self.dt) if tangents else None)
+
+    def gradients(self, net: SanaTrigFlow, tangents: bool = True) -> dict[str, Tensor]:
+        """Of a random projection of F, plus the log-variances."""
+        net.zero_grad()
+        answer = self.predict(net, tangents)
+        loss = (answer.F * self.weight).sum()
+        (loss if answer.logvar is None else loss + answer.logvar.sum()).backward()
+        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def diffusers_F(backbone: SanaTransformer2DModel, batch: Batch, scale: float) -> Tensor:
+    """SanaSprintPipeline's arithmetic around diffusers' own forward pass, one text row for every sample."""
+    t = batch.t[:, None, None, None]
+    s = torch.sin(t) / (torch.cos(t) + torch.sin(t))
+    x = batch.u * torch.sqrt(s**2 + (1 - s) ** 2)
+    text = {name: tensor.repeat_interleave(POINTS, 0) for name, tensor in batch.condition.tensors.items()}
+    config = backbone.config
+    v = backbone(
+        x,
+        encoder_hidden_states=text["embeds"].to(x.dtype),
+        encoder_attention_mask=text["mask"],
+        guidance=batch.guidance * config.guidance_embeds_scale if config.guidance_embeds else None,
+        timestep=s.flatten() * scale,
+        return_dict=False,
+    )[0]
+    return ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * v) / torch.sqrt(s**2 + (1 - s) ** 2)
+
+
+@every_backbone
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_F_is_diffusers_own_arithmetic(kind: str, differentiable: bool, scale: float) -> None:
+    untouched, batch = backbone_of(kind), Batch()
+    net = SanaTrigFlow(deepcopy(untouched), timestep_scale=scale, differentiable=differentiable)
+    torch.testing.assert_close(
+        batch.predict(net, tangents=False).F, diffusers_F(untouched, batch, scale), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.usefixtures("double_throughout")
+@every_backbone
+def test_F_is_diffusers_own_arithmetic_in_double_precision(kind: str) -> None:
+    untouched, batch = backbone_of(kind).double(), Batch(torch.float64)
+    expected = diffusers_F(untouched, batch, 1.0)
+    for differentiable in (True, False):
+        net = SanaTrigFlow(deepcopy(untouched), timestep_scale=1.0, differentiable=differentiable)
+        torch.testing.assert_close(batch.predict(net, tangents=False).F, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["guidance", "patch2"])
+def test_rectangular_latents(kind: str) -> None:
+    untouched, batch = backbone_of(kind), Batch(size=(4, 8))
+    net = SanaTrigFlow(deepcopy(untouched), timestep_scale=1.0)
+    torch.testing.assert_close(batch.predict(net).F, diffusers_F(untouched, batch, 1.0), rtol=1e-5, atol=1e-5)
+
+
+def test_parameter_gradients_are_those_of_diffusers() -> None:
+    untouched, batch = backbone_of("guidance"), Batch()
+    (diffusers_F(untouched, batch, 1.0) * batch.weight).sum().backward()
+    ours = batch.gradients(SanaTrigFlow(deepcopy(untouched), timestep_scale=1.0), tangents=False)
+    for name, parameter in untouched.named_parameters():
+        torch.testing.assert_close(ours[f"backbone.{name}"], parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_samples_are_those_of_diffusers_pipeline(steps: int) -> None:
+    untouched, condition, w = backbone_of("guidance"), random_condition(PROMPTS), 4.5
+    pipeline = SanaSprintPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=untouched, scheduler=SCMScheduler()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(PROMPTS, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        prompt=None,
+        prompt_embeds=condition.tensors["embeds"],
+        prompt_attention_mask=condition.tensors["mask"],
+        height=8 * pipeline.vae_scale_factor,
+        width=8 * pipeline.vae_scale_factor,
+        num_inference_steps=steps,
+        intermediate_timesteps=1.3 if steps == 2 else None,
+        guidance_scale=w,
+        latents=noise,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+        use_resolution_binning=False,
+    ).images
+    net = SanaTrigFlow(deepcopy(untouched), timestep_scale=1.0)
+    generator = torch.Generator().manual_seed(1)
+    x0 = consistency_sample(
+        embedded(net, condition, torch.full((PROMPTS,), w)),
+        0.5 * noise,
+        student_times(steps, torch.pi / 2),
+        0.5,
+        lambda: torch.randn(noise.shape, generator=generator),
+    )
+    torch.testing.assert_close(x0 / 0.5, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_a_prompt_changes_nothing() -> None:
+    net, batch = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0), Batch()
+    before = batch.predict(net, tangents=False).F
+    embeds, mask = batch.condition.tensors["embeds"].clone(), batch.condition.tensors["mask"]
+    assert not mask.all()
+    embeds[~mask] += 7.0
+    batch.condition = Condition({"embeds": embeds, "mask": mask})
+    assert torch.equal(batch.predict(net, tangents=False).F, before)
+
+
+def test_every_sample_attends_to_its_own_prompt() -> None:
+    net, batch = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0), Batch()
+    before = batch.predict(net, tangents=False).F
+    embeds = batch.condition.tensors["embeds"].clone()
+    embeds[1] += 1.0
+    batch.condition = Condition({**batch.condition.tensors, "embeds": embeds})
+    after = batch.predict(net, tangents=False).F
+    changed = (after != before).flatten(1).any(1)
+    assert changed.tolist() == [False] * POINTS + [True] * POINTS
+
+
+@pytest.mark.usefixtures("double_throughout")
+@every_backbone
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_the_derivative_is_that_of_finite_differences(kind: str, mode: str) -> None:
+    net = SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1.0, tangent=mode)
+    batch, h = Batch(torch.float64), 1e-5
+
+    @torch.no_grad()
+    def at(step: float) -> Tensor:
+        return net(batch.u + step * batch.du, batch.t + step * batch.dt, batch.condition, batch.guidance).F
+
+    expected = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)  # fourth order
+    dF = batch.predict(net).dF
+    assert (dF - expected).norm() < 1e-8 * expected.norm()
+    assert expected.flatten(1).norm(dim=1).min() > 1
+
+
+@pytest.mark.usefixtures("double_throughout")
+@every_backbone
+def test_one_pass_equals_two_passes(kind: str) -> None:
+    nets = [
+        SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1000.0, logvar=True, tangent=mode).double()
+        for mode in ("one_pass", "two_pass")
+    ]
+    batch = Batch(torch.float64)
+    one, two = (batch.predict(net) for net in nets)
+    torch.testing.assert_close((one.F, one.dF, one.logvar), (two.F, two.dF, two.logvar), rtol=1e-11, atol=1e-11)
+    one, two = (batch.gradients(net) for net in nets)
+    assert one.keys() == two.keys() == dict(nets[0].named_parameters()).keys()
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+    assert all(gradient.any() for gradient in one.values())
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_derivative_carries_no_graph(mode: str, checkpointing: bool) -> None:
+    net = SanaTrigFlow(
+        backbone_of("guidance"), timestep_scale=1.0, logvar=True, tangent=mode, gradient_checkpointing=checkpointing
+    )
+    answer = Batch().predict(net)
+    assert answer.F.requires_grad
+    assert answer.logvar.requires_grad
+    assert not answer.dF.requires_grad
+
+
+@pytest.mark.parametrize("tangents", [True, False])
+def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(tangents: bool) -> None:
+    backbone, batch, runs = backbone_of("guidance"), Batch(), {}
+    for checkpointing in (False, True):
+        net = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, gradient_checkpointing=checkpointing)
+        calls: list[None] = []
+        net.backbone.transformer_blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
+        runs[checkpointing] = batch.gradients(net, tangents), len(calls)
+    torch.testing.assert_close(runs[True][0], runs[False][0], rtol=1e-5, atol=1e-5)
+    assert (runs[False][1], runs[True][1]) == (1, 2)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_predictions_and_gradients_are_the_eager_ones() -> None:
+    backbone, batch = backbone_of("guidance", num_layers=2), Batch()
+    eager = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0)
+    compiled = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, compiled=True)
+    expected, got = batch.predict(eager), batch.predict(compiled)
+    torch.testing.assert_close((got.F, got.dF), (expected.F, expected.dF), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.gradients(compiled), batch.gradients(eager), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_share_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two graphs, with and without a derivative, whatever the depth, and no more on later calls."""
+    graphs: list[None] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(None)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    net = SanaTrigFlow(backbone_of("guidance", num_layers=5), timestep_scale=1.0, compiled=True)
+    batch, counts = Batch(), []
+    for tangents in (True, False, True, False):
+        batch.predict(net, tangents).F.sum().backward()
+        counts.append(len(graphs))
+    assert counts == [1, 2, 2, 2]
+
+
+def test_self_attention_stays_linear() -> None:
+    """A processor for the whole model would replace Sana's linear self-attention by softmax."""
+    net = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0)
+    for block in net.backbone.transformer_blocks:
+        assert isinstance(block.attn1.processor, SanaLinearAttnProcessor2_0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "guidance"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_time_is_never_rounded_to_half_precision(kind: str, autocast: bool) -> None:
+    """In bfloat16, tan t is 10 % off at t = 1.5423, the second time of the reference route."""
+    backbone, seen = backbone_of(kind), []
+    net = SanaTrigFlow(backbone if autocast else backbone.bfloat16(), timestep_scale=1.0)
+    backbone.time_embed.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    batch = Batch()
+    batch.t = torch.full_like(batch.t, 1.5423)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answer = batch.predict(net, tangents=False)
+    assert answer.F.dtype == torch.float32
+    assert seen[0].dtype == torch.float32
+    s = seen[0].double()
+    torch.testing.assert_close(s / (1 - s), batch.t.double().tan(), rtol=1e-4, atol=0)
+
+
+def test_a_half_precision_teacher_rounds_its_weights_only() -> None:
+    """The change of variables around a bf16 backbone is made in fp32: at t near 0 F is v + x_s, whatever v's error."""
+    backbone, batch = backbone_of("guidance"), Batch()
+    full = batch.predict(SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0), tangents=False).F
+    half = SanaTrigFlow(backbone.bfloat16(), timestep_scale=1.0, differentiable=False)
+    F = batch.predict(half, tangents=False).F
+    assert F.dtype == torch.float32
+    assert (F - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_mixed_precision_derivatives(mode: str) -> None:
+    backbone, batch = backbone_of("guidance"), Batch()
+    exact = batch.predict(SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0))
+    net = SanaTrigFlow(backbone, timestep_scale=1.0, logvar=True, tangent=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = batch.predict(net)
+    answer.F.sum().backward()
+    for got, expected in ((answer.F, exact.F), (answer.dF, exact.dF)):
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 0.05 * expected.norm()
+    assert answer.logvar.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in net.backbone.parameters())
+
+
+def test_the_log_variance_starts_at_zero_and_learns() -> None:
+    net, batch = SanaTrigFlow(backbone_of("guidance"), timestep_scale=1.0, logvar=True), Batch()
+    answer = batch.predict(net)
+    assert answer.logvar.shape == batch.t.shape
+    assert (answer.logvar == 0).all()
+    keep = torch.ones(PROMPTS * POINTS, dtype=torch.bool)
+    consistency_loss(answer.F, batch.du, answer.logvar, batch.t, keep, len(keep), 0.5)[0].backward()
+    assert net.logvar_head.weight.grad.any()
+    assert net.logvar_head.bias.grad.any()
+    assert SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0).logvar_head is None
+
+
+def test_the_log_variance_knows_time_and_guidance() -> None:
+    net, batch = SanaTrigFlow(backbone_of("guidance"), timestep_scale=1.0, logvar=True), Batch()
+    torch.nn.init.normal_(net.logvar_head.weight, generator=torch.Generator().manual_seed(0))
+    here = batch.predict(net, tangents=False).logvar
+    batch.guidance = batch.guidance + 1
+    elsewhere = batch.predict(net, tangents=False).logvar
+    assert (here != elsewhere).all()
+    batch.t = batch.t * 0.5
+    assert (batch.predict(net, tangents=False).logvar != elsewhere).all()
+
+
+def test_guidance_runs_both_branches_in_one_batch() -> None:
+    net, batch = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0, differentiable=False), Batch()
+    u, t, null = batch.u[:PROMPTS], batch.t[:PROMPTS], random_condition(PROMPTS, seed=5)
+    w = torch.tensor([4.0, 5.0])
+    cond, uncond = net(u, t, batch.condition).F, net(u, t, null).F
+    expected = uncond + w[:, None, None, None] * (cond - uncond)
+    torch.testing.assert_close(guided(net, batch.condition, null, w)(u, t), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_cannot_be_shared_out_over_the_prompts_are_refused() -> None:
+    net, batch = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0), Batch()
+    with pytest.raises(ValueError, match="5 samples cannot be shared out evenly over 2 prompts"):
+        net(batch.u[:5], batch.t[:5], batch.condition)
+
+
+def test_a_network_that_embeds_guidance_asks_for_it() -> None:
+    net, batch = SanaTrigFlow(backbone_of("guidance"), timestep_scale=1.0), Batch()
+    with pytest.raises(ValueError, match="guidance"):
+        net(batch.u, batch.t, batch.condition)
