@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tbcm.config import Config, Precision
 from tbcm.data.prompts import load_prompts
+from tbcm.errors import UserError
 from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma
 from tbcm.rollouts import TextConditions
+from tbcm.runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,40 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which fp32 weights compute in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def teacher_autocast(config: Config, device: torch.device) -> torch.autocast:
+    """For a teacher whose weights are in fp32 because it computes in fp16 (see `weights_dtype`)."""
+    dtype = dtype_of(config.teacher.precision, device)
+    return autocast(dtype if dtype == torch.float16 else torch.float32, device)
+
+
+def weights_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How frozen weights that compute in `dtype` are kept: fp16 has too little range for whole networks in it, so those
+    stay in fp32 and autocast; bf16 weights are half the memory and are not cast again on every call."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def pipeline_of(config: Config) -> Pipeline:
-    return Pipeline(config.teacher.path, config.teacher.revision)
+    return Pipeline(config.teacher.path, config.teacher.revision, config.teacher.timestep_scale)
 
 
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
     prompts = build_prompts(config)
-    teacher = build_teacher(config, device)
+    if config.student.compile and torch.__version__ < "2.13":  # a TorchVersion: compares numbers, not letters
+        raise UserError(
+            f"student.compile = true: needs torch 2.13 (inductor of {torch.__version__} cannot lower a convolution under"
+            " torch.func.jvp); set student.compile=false"
+        )
+    teacher = build_teacher(config, device, torch.float32)
+    student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
+    teacher.to(weights_dtype(dtype_of(config.teacher.precision, device)))
     black = build_black_latent(config, device)
-    return Parts(teacher, build_student(config, teacher), build_text(config, device), prompts, black)
+    return Parts(teacher, student, build_text(config, device), prompts, black)
 
 
 def build_prompts(config: Config) -> Sequence[str]:
@@ -60,27 +86,31 @@ def build_prompts(config: Config) -> Sequence[str]:
 
 
 def build_text(config: Config, device: torch.device) -> TextConditions:
-    text = config.text
+    text, teacher = config.text, pipeline_of(config)
     encoder: TextEncoder
     if text.encoder == "minilm":
         encoder = MiniLMEncoder(text.max_tokens, device)
     else:
         encoder = load_gemma(
-            text.path or pipeline_of(config).location,
-            dtype=dtype_of(text.precision, device),
+            text.path or teacher.location,
+            revision=None if text.path else teacher.revision,
+            dtype=weights_dtype(dtype_of(text.precision, device)),  # Gemma-2 overflows in fp16
             device=device,
             max_tokens=text.max_tokens,
         )
     return TextConditions(encoder, config.teacher.null_mask)
 
 
-def build_teacher(config: Config, device: torch.device) -> SanaTrigFlow:
-    return load_teacher(pipeline_of(config), dtype_of(config.teacher.precision, device), device)
+def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> SanaTrigFlow:
+    """The frozen teacher, with weights in `dtype` (default: as configured)."""
+    dtype = dtype or weights_dtype(dtype_of(config.teacher.precision, device))
+    return load_teacher(pipeline_of(config), dtype, device)
 
 
 def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
     """A student equal to the conditional teacher. Its new layers' random part depends on the seed alone."""
-    with torch.random.fork_rng():
+    device = next(teacher.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.train.seed)
         return student_from_teacher(
             teacher,
@@ -91,5 +121,10 @@ def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
 
 
 def build_black_latent(config: Config, device: torch.device) -> Tensor:
-    cache = Path(config.out) / "black_latent.safetensors"
-    return black_latent(pipeline_of(config), config.teacher.image_size, cache, device)
+    """Made by rank 0 where the teacher's folder does not carry it, and kept in the run's folder."""
+    pipeline, size = pipeline_of(config), config.teacher.image_size
+    if size % pipeline.compression:
+        raise UserError(
+            f"teacher.image_size = {size}: should be a multiple of {pipeline.compression}, its VAE's factor"
+        )
+    return distributed.run_on_main(lambda: black_latent(pipeline, size, Path(config.out), device).cpu()).to(device)

@@ -29,10 +29,16 @@ class Teacher(Section):
     architecture: Literal["sana-600m", "sana-1600m", "emoji", "tiny"] | None = Field(
         None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
     )
-    precision: Precision = Field("auto", description="dtype of the frozen weights; auto: bf16 on CUDA, fp32 on a CPU")
+    precision: Precision = Field(
+        "auto",
+        description="auto: bf16 weights on CUDA from Ampere on; before, fp32 weights and fp16 computation; fp32 on a CPU",
+    )
     null_mask: Literal["conditional", "own"] = Field(
         "conditional",
         description="the mask of the unconditional branch: the prompt's (Sana's caption dropout kept it) or its own",
+    )
+    timestep_scale: PositiveFloat | None = Field(
+        None, description="what the network is given at flow time s is s times this; default: as its folder says"
     )
     t_max: Annotated[float, Field(gt=0, le=1.5707964)] = Field(
         1.5707963267948966, description="where generation starts"
@@ -86,13 +92,21 @@ class Student(Section):
     precision: Precision = Field("auto", description="of the computation; weights stay fp32")
     tangent: Literal["one_pass", "two_pass"] = "one_pass"
     gradient_checkpointing: bool = False
-    compile: bool = False
+    compile: bool = Field(False, description="torch.compile per block; not together with gradient_checkpointing")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("compile and gradient_checkpointing exclude each other: switch one off")
+        return self
 
 
 class Optimizer(Section):
     name: Literal["adamw", "came"] = "came"
     lr: PositiveFloat = 1e-5
-    betas: list[float] | None = Field(None, description="default: (0.9, 0.99) for adamw, (0.9, 0.999, 0.9999) for came")
+    betas: list[float] | None = Field(
+        None, description="default: (0.9, 0.999) for adamw, (0.9, 0.999, 0.9999) for came"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: PositiveFloat = Field(0.1, description="gradients are clipped to this norm")
     warmup_steps: NonNegativeInt = 0
@@ -109,12 +123,17 @@ class Ema(Section):
     kind: Literal["power", "halflife"] = "power"
     sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] = Field(0.1, description="power: relative width of the average")
     halflife_steps: PositiveFloat = Field(50.0, description="halflife: steps until a weight counts half")
+    ramp_up: PositiveFloat | None = Field(
+        0.05, description="halflife: at most this share of the steps so far; null: off"
+    )
 
 
 class Train(Section):
     steps: PositiveInt = 20000
-    max_minutes: PositiveFloat | None = Field(None, description="stop (and save) after so many minutes of training")
-    seed: NonNegativeInt = 0
+    max_minutes: PositiveFloat | None = Field(
+        None, description="stop (and save) after so many minutes; a resumed run starts counting anew"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     prompts_per_step: PositiveInt = Field(32, description="over all ranks; accumulation follows from it")
     prompts_per_rollout: PositiveInt | None = Field(
         None, description="prompts a rank rolls out at once; default: all of its own"
@@ -206,7 +225,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: write section.key=value, such as train.steps=100")
     *sections, last = key.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {}) if isinstance(tree, dict) else tree
+        if isinstance(tree, dict):
+            tree[section] = {} if tree.get(section) is None else tree[section]
+            tree = tree[section]
     if not isinstance(tree, dict):
         raise UserError(f"override {override!r}: {'.'.join(sections)} holds a value, not a section")
     tree[last] = _yaml(value, f"override {override!r}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor
 
-from tbcm.build import build_teacher, build_text
+from tbcm.build import build_teacher, build_text, teacher_autocast
+from tbcm.config import Config
 from tbcm.images import to_uint8
 from tbcm.method.rollout import embedded, rollout
 from tbcm.method.sampling import consistency_sample, student_times
@@ -16,6 +19,7 @@ from tbcm.method.types import Condition
 from tbcm.models.loading import Pipeline, decode_latents
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import TextConditions, teacher_velocity
+from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
 from tbcm.student import load_student, open_source
 
@@ -42,24 +46,24 @@ class Sampler:
     """Prompts -> scaled latents or images, in batches. Image i of a call depends on (prompt i, seed, i) alone.
 
     `net` is a student (few steps, guidance through its embedding) or, with `teacher`, a teacher (first-order steps of
-    its guided ODE, along a flow schedule of `shift`). `shape` is that of a latent, [C, h, w].
+    its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times and guidance
+    holds; `pipeline` has the VAE.
     """
 
     def __init__(
         self,
         net: SanaTrigFlow,
         text: TextConditions,
+        config: Config,
         pipeline: Pipeline,
-        shape: Sequence[int],
         *,
         teacher: bool,
-        sigma_data: float,
-        t_max: float,
-        guidance: float,
         batch: int = 32,
     ) -> None:
-        self.net, self.text, self.pipeline, self.shape, self.teacher = net, text, pipeline, tuple(shape), teacher
-        self.sigma_data, self.t_max, self.guidance, self.batch = sigma_data, t_max, guidance, batch
+        self.net, self.text, self.config, self.pipeline = net, text, config, pipeline
+        self.teacher, self.batch = teacher, batch
+        side = config.teacher.image_size // pipeline.compression
+        self.shape = net.backbone.config.in_channels, side, side
 
     def __call__(self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0) -> Tensor:
         """Images [P, 3, H, W] uint8, on the CPU."""
@@ -67,51 +71,44 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0) -> Tensor:
-        """Scaled latents xbar_0 [P, C, h, w], fp32."""
-        parts = []
+        """Scaled latents xbar_0 [P, C, h, w], fp32. Guidance defaults to the middle one of those trained on."""
+        scales = sorted(self.config.method.guidance)
+        scale = scales[len(scales) // 2] if guidance is None else guidance
+        device, parts = next(self.net.parameters()).device, []
         for start in range(0, len(prompts), self.batch):
             chunk = list(prompts[start : start + self.batch])
-            noise = NoiseSource(seed, range(start, start + len(chunk)), self.shape, next(self.net.parameters()).device)
-            parts.append(self._sample(self.text(chunk), noise, steps, self.guidance if guidance is None else guidance))
+            noise = NoiseSource(seed, range(start, start + len(chunk)), self.shape, device)
+            parts.append(self._sample(self.text(chunk), noise, steps, scale))
         return torch.cat(parts)
 
     def _sample(self, condition: Condition, noise: NoiseSource, steps: int, guidance: float) -> Tensor:
-        start = noise() * self.sigma_data
+        sigma_data = self.config.method.sigma_data
+        start = noise() * sigma_data
         w = torch.full((len(condition),), guidance, device=start.device)
         if self.teacher:
             velocity = teacher_velocity(self.net, condition, self.text.null(condition), w)
             times = teacher_times(steps, self.pipeline.sampling_shift).to(start.device)[None]
-            x0 = rollout(velocity, start, times, w, self.sigma_data).x0
-        else:
-            velocity = embedded(self.net, condition, w)
-            x0 = consistency_sample(velocity, start, student_times(steps, self.t_max), self.sigma_data, noise)
-        return x0 / self.sigma_data
+            with teacher_autocast(self.config, start.device):
+                return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
+        times = student_times(steps, self.config.teacher.t_max)
+        return consistency_sample(embedded(self.net, condition, w), start, times, sigma_data, noise) / sigma_data
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is in memory only while it decodes."""
-        vae = self.pipeline.load_vae(torch.float32).to(latents.device)
-        size = max(1, 2**21 // latents[0].numel() // (8 * 8 * 3))  # a few images at 1024 px, hundreds at 64
-        return torch.cat([to_uint8(decode_latents(vae, part)).cpu() for part in latents.split(size)])
+        """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""
+        vae = self._vae.to(latents.device)
+        pixels = latents[0, 0].numel() * self.pipeline.compression**2
+        images = [to_uint8(decode_latents(vae, part)).cpu() for part in latents.split(max(1, 2**21 // pixels))]
+        self._vae.to("cpu")
+        return torch.cat(images)
+
+    @cached_property
+    def _vae(self) -> AutoencoderDC:
+        return self.pipeline.load_vae(torch.float32)
 
 
 def open_sampler(path: str, *, teacher: bool = False, average: bool = True, device: str | None = None) -> Sampler:
     """From a run, a pipeline folder, a hub id or 'emoji'. `teacher`: a run's teacher, or a folder that is one."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device)
     source = open_source(path)
     net = build_teacher(source.config, place) if teacher else load_student(source, place, average=average)
-    backbone = net.backbone.config
-    return Sampler(
-        net,
-        build_text(source.config, place),
-        source.pipeline,
-        (backbone.in_channels, backbone.sample_size, backbone.sample_size),
-        teacher=teacher,
-        sigma_data=source.config.method.sigma_data,
-        t_max=source.config.teacher.t_max,
-        guidance=middle(source.config.method.guidance),
-    )
-
-
-def middle(scales: Sequence[float]) -> float:
-    """The guidance to sample with: the middle one of those trained on."""
-    return sorted(scales)[len(scales) // 2]
+    return Sampler(net, build_text(source.config, place), source.config, source.pipeline, teacher=teacher)

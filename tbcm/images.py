@@ -14,6 +14,7 @@ from tbcm.errors import UserError
 from tbcm.runtime.files import atomic_path
 
 _MIN_CELL = 96  # smaller images are enlarged on a sheet, to be seen and to have room for a caption
+_MAX_CELL = 320  # larger ones are reduced, or a sheet of 1024 px images would have 30 megapixels
 _GAP = 6
 _FONT_SIZE = 14
 _MAX_LINES = 3
@@ -61,7 +62,8 @@ def sheet(rows: list[tuple[str, Tensor]], captions: list[str] | None = None) -> 
 
     Args:
         rows: (label, images [K, 3, H, W] uint8) from top to bottom; rows may differ in K, not in H and W. Images
-            below 96 pixels are enlarged by a whole factor without smoothing, so that every pixel stays as it was.
+            below 96 pixels are enlarged by a whole factor without smoothing, so that every pixel stays as it was;
+            those above 320 are reduced.
         captions: text above each column, wrapped and cut to 3 lines; None for none.
 
     Returns:
@@ -78,7 +80,8 @@ def sheet(rows: list[tuple[str, Tensor]], captions: list[str] | None = None) -> 
         raise ValueError(f"{len(captions)} captions for {columns} columns")
     height, width = sizes.pop()
     zoom = math.ceil(_MIN_CELL / min(height, width))
-    cell_h, cell_w = height * zoom, width * zoom
+    shrink = min(1.0, _MAX_CELL / max(height, width))
+    cell_h, cell_w = round(height * zoom * shrink), round(width * zoom * shrink)
 
     font = ImageFont.load_default(_FONT_SIZE)
     labels = [_wrap(label, font, _MAX_LABEL_WIDTH, _MAX_LINES) for label, _ in rows]
@@ -95,7 +98,8 @@ def sheet(rows: list[tuple[str, Tensor]], captions: list[str] | None = None) -> 
         y = top + row * (cell_h + _GAP)
         draw.text((left - _GAP, y + cell_h / 2), label, _INK, font, anchor="rm", align="right")
         for column, image in enumerate(images):
-            cell = to_pil(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            method = Image.Resampling.NEAREST if shrink == 1 else Image.Resampling.LANCZOS
+            cell = to_pil(image).resize((cell_w, cell_h), method)
             picture.paste(cell, (left + column * (cell_w + _GAP), y))
     return picture
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tbcm.build import pipeline_of
-from tbcm.generation import Sampler, middle
+from tbcm.errors import UserError
+from tbcm.generation import Sampler
 from tbcm.images import sheet
 from tbcm.runtime import distributed
 
 if TYPE_CHECKING:
     from tbcm.runtime.log import MetricLog
     from tbcm.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 STEPS = (1, 2, 4)
 TEACHER_STEPS = 20
@@ -27,24 +31,21 @@ class Previewer:
         config, parts = trainer.config, trainer.parts
         self.prompts = config.log.preview_prompts or [parts.prompts[i] for i in range(min(8, len(parts.prompts)))]
 
-        def sampler(teacher: bool) -> Sampler:
-            return Sampler(
-                parts.teacher if teacher else parts.student,
-                parts.text,
-                pipeline_of(config),
-                parts.black.shape,
-                teacher=teacher,
-                sigma_data=config.method.sigma_data,
-                t_max=config.teacher.t_max,
-                guidance=middle(config.method.guidance),
-            )
-
-        self.student, self.teacher = sampler(False), sampler(True)
+        text, pipeline = parts.text, pipeline_of(config)
+        self.student = Sampler(parts.student, text, config, pipeline, teacher=False, batch=4)
+        self.teacher = Sampler(parts.teacher, text, config, pipeline, teacher=True, batch=4)
         self._teacher_images: Tensor | None = None
 
     def __call__(self, log: MetricLog) -> None:
+        """A preview that cannot be made (no VAE, no memory, a student that diverged) is a warning: the run goes on."""
         if not distributed.is_main():
             return
+        try:
+            self._draw(log)
+        except (UserError, RuntimeError, OSError) as error:
+            logger.warning("no preview at step %d: %s", self.trainer.step, error)
+
+    def _draw(self, log: MetricLog) -> None:
         if self._teacher_images is None:
             self._teacher_images = self.teacher(self.prompts, steps=TEACHER_STEPS)
         with self.trainer.ema.swap(self.trainer.student), self.trainer.autocast():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,8 @@ def draw(
         return generator(device, seed, step, name)
 
     routes = prompts if method.route.per_prompt else 1
-    scales = torch.tensor(method.guidance, device=device)
+    # Filled in, not copied: a copy from pageable memory waits for the device.
+    scales = torch.stack([torch.full((), scale, device=device) for scale in method.guidance])
     choice = torch.randint(len(scales), (prompts,), generator=stream("guidance"), device=device)
     return Draws(
         noise=torch.randn(prompts, *shape, generator=stream("noise"), device=device),
@@ -123,10 +125,11 @@ class TeacherRollouts:
         seed: int,
         prompts_per_step: int,
         prompts_per_rollout: int | None = None,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
         self.method, self.t_max, self.seed = method, t_max, seed
-        self.prompts_per_step = prompts_per_step
+        self.prompts_per_step, self.autocast = prompts_per_step, autocast
         share = local_slice(prompts_per_step)
         self.share = share
         self.chunk = min(prompts_per_rollout or len(range(share.start, share.stop)), share.stop - share.start)
@@ -149,6 +152,7 @@ class TeacherRollouts:
     def _batch(self, prompts: list[str], draws: Draws) -> Batch:
         sigma_data, condition = self.method.sigma_data, self.text(prompts)
         velocity = teacher_velocity(self.teacher, condition, self.text.null(condition), draws.guidance)
-        trajectory = rollout(velocity, draws.noise * sigma_data, draws.route, draws.guidance, sigma_data)
+        with self.autocast():
+            trajectory = rollout(velocity, draws.noise * sigma_data, draws.route, draws.guidance, sigma_data)
         keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
         return Batch(trajectory, condition, keep)

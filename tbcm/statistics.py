@@ -1,4 +1,4 @@
-"""What a training step reports: sums on the device, read together on log steps."""
+"""What training steps report: sums on the device, read together on log steps."""
 
 from __future__ import annotations
 
@@ -7,56 +7,48 @@ import math
 import torch
 from torch import Tensor
 
+from tbcm.runtime import distributed
+
 BINS = 8
 """Of t, equal parts of [0, pi/2]."""
+_AVERAGED = ("error", "g_norm", "logvar")
+_BY_T = ("error", "logvar")
 
 
 class StepStatistics:
-    """Means over the samples since the last `summary`, overall and by t; no host synchronisation."""
+    """Means over the samples since the last `reset`, overall and by t; no host synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.reset()
 
     def reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._loss = torch.zeros((), device=self.device)
-        self._steps = 0
+        # steps, loss, samples, kept; then a sum over kept samples for each average, and for each bin of t.
+        self._sums = torch.zeros(4 + len(_AVERAGED) + BINS * (1 + len(_BY_T)), device=self.device)
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Per-sample figures [B] as `tbcm_loss` returns them. Dropped samples count for `kept` only."""
-        keep = figures["keep"].float()
+        keep = figures["keep"]
         bins = (figures["t"] * (BINS / (math.pi / 2))).long().clamp(0, BINS - 1)
-        one_hot = (bins[:, None] == torch.arange(BINS, device=bins.device)).float() * keep[:, None]
-        self._sum("samples", torch.ones_like(keep).sum())
-        self._sum("kept", keep.sum())
-        self._sum("per_bin", one_hot.sum(0))
-        for name in ("error", "g_norm", "logvar"):
-            values = torch.where(figures["keep"], figures[name], 0.0)
-            self._sum(name, values.sum())
-            self._sum(f"{name}_bins", values @ one_hot)
+        one_hot = ((bins[:, None] == torch.arange(BINS, device=bins.device)) & keep[:, None]).float()
+        values = {name: torch.where(keep, figures[name], 0.0) for name in _AVERAGED}
+        zero, one = keep.new_zeros((), dtype=torch.float32), keep.new_ones(keep.shape, dtype=torch.float32)
+        head = torch.stack([zero, zero, one.sum(), keep.sum(), *(v.sum() for v in values.values())])
+        self._sums += torch.cat([head, one_hot.sum(0), *(values[name] @ one_hot for name in _BY_T)])
 
     def add_loss(self, loss: Tensor) -> None:
-        """The whole step's loss (this rank's part of it)."""
-        self._loss = self._loss + loss
-        self._steps += 1
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """The loss of a step, this rank's share of it."""
+        self._sums[0] += 1.0 / distributed.world_size()
+        self._sums[1] += loss
 
     def summary(self) -> dict[str, Tensor]:
-        """Scalars on the device. `loss` is weighted as optimised, `error` is not: ||F - sg(F) - g||^2 / D."""
-        s = self._sums
-        kept = s["kept"].clamp(min=1)
-        out = {
-            "loss": self._loss / max(self._steps, 1),
-            "error": s["error"] / kept,
-            "g_norm": s["g_norm"] / kept,
-            "logvar": s["logvar"] / kept,
-            "kept": s["kept"] / s["samples"],
-        }
-        per_bin = s["per_bin"]
-        for name in ("error", "logvar"):
-            by_t = s[f"{name}_bins"] / per_bin.clamp(min=1)
-            out |= {f"{name}_by_t/{i}": by_t[i] for i in range(BINS)}
+        """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not:
+        ||F - sg(F) - g||^2 / D. A bin of t without samples is NaN."""
+        sums = distributed.all_reduce_sum(self._sums)
+        (steps, loss, samples, kept), rest = sums[:4], sums[4:]
+        averaged, per_bin, by_t = rest.split([len(_AVERAGED), BINS, BINS * len(_BY_T)])
+        out = {"loss": loss / steps, "kept": kept / samples}
+        out |= dict(zip(_AVERAGED, averaged / kept, strict=True))
+        for name, values in zip(_BY_T, by_t.view(-1, BINS) / per_bin, strict=True):
+            out |= {f"{name}_by_t/{i}": value for i, value in enumerate(values)}
         return out

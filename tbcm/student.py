@@ -12,6 +12,7 @@ from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel,
 from tbcm.build import build_student, dtype_of, pipeline_of
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
+from tbcm.method.trigflow import T_MAX
 from tbcm.models.loading import Pipeline, freeze
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.runtime import checkpoint
@@ -45,7 +46,11 @@ def open_source(path: str) -> Source:
     if (folder / RUN_CONFIG).is_file():
         return Source(path, load_config(folder / RUN_CONFIG), is_run=True)
     if (folder / PIPELINE_CONFIG).is_file():
-        return Source(path, load_config(folder / PIPELINE_CONFIG), is_run=False)
+        config = load_config(folder / PIPELINE_CONFIG)
+        # The folder has everything: what its configuration calls the teacher's is here.
+        teacher = config.teacher.model_copy(update={"path": path, "revision": None})
+        text = config.text.model_copy(update={"path": None})
+        return Source(path, config.model_copy(update={"teacher": teacher, "text": text}), is_run=False)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path}: neither a run ({RUN_CONFIG}) nor a pipeline (model_index.json)")
     return Source(path, _config_of_pipeline(path), is_run=False)
@@ -66,6 +71,7 @@ def _config_of_pipeline(path: str) -> Config:
                 "image_size": transformer["sample_size"] * 2 ** (len(blocks) - 1),
             },
             "text": {"encoder": "minilm", "max_tokens": 16} if emoji else {},
+            "method": {"guidance": [4.0]} if emoji else {},
             "data": {"prompts": "unused"},
         },
         path,
@@ -93,7 +99,7 @@ def _student_of_run(source: Source, device: torch.device, average: bool) -> Sana
 
     student = build_student(source.config, build_teacher(source.config, device))
     if average:
-        ema = EMA(student, source.config.ema.kind, sigma_rel=source.config.ema.sigma_rel)
+        ema = EMA(student)
         checkpoint.load(source.path, {"ema": ema})
         ema.copy_to(student)
     else:
@@ -111,17 +117,21 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     source = open_source(run)
     if not source.is_run:
         raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
-    check_exportable(source.pipeline.timestep_scale, run)
+    check_exportable(source)
     student = load_student(source, torch.device("cpu"), average=average)
     write_pipeline(student, source, out, dtype)
 
 
-def check_exportable(timestep_scale: float, name: str) -> None:
-    if abs(timestep_scale - 1) > 1e-6:
+def check_exportable(source: Source) -> None:
+    """SanaSprintPipeline starts at t = pi/2 and passes its network the flow-matching time s in [0, 1] itself."""
+    scale, t_max = source.pipeline.timestep_scale, source.config.teacher.t_max
+    if abs(scale - 1) > 1e-6:
         raise UserError(
-            f"{name}: its teacher's network time is {timestep_scale:g} s, and SanaSprintPipeline always passes s in"
+            f"{source.path}: its teacher's network time is {scale:g} s, and SanaSprintPipeline always passes s in"
             " [0, 1]; tbcm.sample can run it, but it cannot be exported"
         )
+    if abs(t_max - T_MAX) > 1e-6:
+        raise UserError(f"{source.path}: it starts at t = {t_max:g}, SanaSprintPipeline at pi/2; it cannot be exported")
 
 
 def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torch.dtype) -> None:
@@ -150,6 +160,6 @@ def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
         return None, None
     from transformers import AutoModel, AutoTokenizer
 
-    where = Pipeline(source.config.text.path or source.pipeline.location, source.pipeline.revision)
-    tokenizer = AutoTokenizer.from_pretrained(where.location, subfolder="tokenizer", revision=where.revision)
-    return tokenizer, where.load("text_encoder", AutoModel, dtype)
+    path = source.config.text.path
+    where = Pipeline(path) if path else source.pipeline
+    return where.load("tokenizer", AutoTokenizer, None), where.load("text_encoder", AutoModel, dtype)

@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
 
 
 @command
-def main() -> None:
+def main() -> int | None:
     arguments = parse()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
@@ -46,11 +46,17 @@ def main() -> None:
 
         dry_run(config, arguments.device)
     else:
-        train(config, resume=arguments.resume, device=arguments.device)
+        return train(config, resume=arguments.resume, device=arguments.device)
+    return None
 
 
-def train(config: Config, *, resume: bool = False, device: str | None = None) -> None:
-    """The whole run of a configuration in this process (one of several under torchrun)."""
+def train(config: Config, *, resume: bool = False, device: str | None = None) -> int:
+    """The whole run of a configuration in this process (one of several under torchrun).
+
+    Returns the exit code: 130 for a run that was asked to stop (and has saved).
+    """
+    import torch
+
     from tbcm.build import build_parts
     from tbcm.runtime import distributed
     from tbcm.runtime.files import RunLock, atomic_path
@@ -62,15 +68,23 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
-        if not resume and distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*"))):
+        begun = distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*")))
+        if begun and not resume:
             raise UserError(f"{config.out} holds a run already: continue it with --resume, or choose another `out`")
+        if resume and not begun:
+            raise UserError(f"{config.out} has no checkpoint to continue from: start it without --resume")
         trainer = Trainer(config, torch_device, build_parts(config, torch_device))
         if resume:
             trainer.resume()
         if distributed.is_main():
             with atomic_path(Path(config.out) / "config.yaml") as part:
                 part.write_text(config.to_yaml(), encoding="utf-8")
-        trainer.run()
+        return 130 if trainer.run() else 0
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory ({error}): lower train.prompts_per_rollout or train.points_per_micro_batch, or set"
+            " student.gradient_checkpointing=true (the result is the same)"
+        ) from None
     finally:
         lock.release()
         distributed.shutdown()

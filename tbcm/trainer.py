@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, dtype_of
+from tbcm.build import Parts, autocast, dtype_of, teacher_autocast
 from tbcm.config import Config
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import first_training_point, tbcm_loss
@@ -48,13 +48,14 @@ class Trainer:
             seed=config.train.seed,
             prompts_per_step=config.train.prompts_per_step,
             prompts_per_rollout=config.train.prompts_per_rollout,
+            autocast=lambda: teacher_autocast(config, device),
         )
         self.wrapped = self._distribute(self.student)
         self.dtype = dtype_of(config.student.precision, device)
         o, e, r = config.optimizer, config.ema, config.method.r
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(o.name, self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
-        self.ema = EMA(self.student, e.kind, sigma_rel=e.sigma_rel, halflife=e.halflife_steps)
+        self.ema = EMA(self.student, e.kind, sigma_rel=e.sigma_rel, halflife=e.halflife_steps, ramp_up=e.ramp_up)
         self.r_schedule = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
@@ -73,18 +74,26 @@ class Trainer:
         if distributed.world_size() == 1:
             return student
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(student, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
 
     # One step
 
-    def train_step(self) -> None:
-        """One update from this step's prompts. Nothing is read back from the device."""
+    def train_step(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """One update from this step's prompts. Nothing is read back from the device.
+
+        `stop` is asked before each micro-batch, since a step may take longer than a cluster waits after its signal. If
+        it says so the step is given up without a trace (resumed, it is the same step again) and the answer is False.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         loss = torch.zeros((), device=self.device)
         batches = self.rollouts(self.step)
         for index, batch in enumerate(batches):
-            loss += self._accumulate(batch, last=index == self.rollouts.batches - 1)
+            part = self._accumulate(batch, last=index == self.rollouts.batches - 1, stop=stop)
+            if part is None:
+                self.optimizer.zero_grad(set_to_none=True)
+                return False
+            loss += part
         self.statistics.add_loss(loss)
         self.scaler.unscale_(self.optimizer)
         self.grad_norm, finite = clip_and_check(self.parameters, self.config.optimizer.clip)
@@ -95,15 +104,19 @@ class Trainer:
         self.ema.update(self.student, finite)
         self.guard.update(finite)
         self.step += 1
+        return True
 
-    def _accumulate(self, batch: Batch, *, last: bool) -> Tensor:
-        """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss."""
+    def _accumulate(self, batch: Batch, *, last: bool, stop: Callable[[], bool]) -> Tensor | None:
+        """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss, or
+        None if told to stop."""
         method, world = self.config.method, distributed.world_size()
         points = batch.trajectory.points(slice(self.first_point, None))
         n = points.t.shape[1]
         size = min(self.config.train.points_per_micro_batch or n, n)
         total = torch.zeros((), device=self.device)
         for start in range(0, n, size):
+            if stop():
+                return None
             part: Trajectory = points.points(slice(start, start + size))
             synchronise = last and start + size >= n  # ranks exchange gradients once a step
             with self._no_sync(synchronise), self.autocast():
@@ -124,7 +137,7 @@ class Trainer:
         return total
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.dtype, self.device)
 
     def _no_sync(self, synchronise: bool) -> contextlib.AbstractContextManager[Any]:
         if synchronise or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
@@ -143,37 +156,36 @@ class Trainer:
         Returns whether it was asked to stop (Ctrl-C, SIGTERM).
         """
         steps, log_every, save_every = self.config.train.steps, self.config.log.every, self.config.checkpoint.every
-        preview_every, preview = self.config.log.preview_every, None
+        preview_every = self.config.log.preview_every
         self._clock = time.monotonic(), self.step
         with (
             MetricLog(self.out, steps, is_main=distributed.is_main(), start_step=self.step) as log,
             StopRequest() as stop,
         ):
-            if preview_every:
-                preview = Previewer(self)
-                if self.step == 0:
-                    self._off_the_clock(lambda: preview(log))
+            previewer = Previewer(self) if preview_every else None
+            if previewer and self.step == 0:
+                self._off_the_clock(lambda: previewer(log))
             started = time.monotonic()
-            while self.step < steps:
-                self.train_step()
+
+            def asked() -> bool:  # ranks agree on it, over the host alone
+                return distributed.any_rank(stop.stop_requested)
+
+            while self.step < steps and not distributed.any_rank(self._out_of_time(started)):
+                if not self.train_step(asked):
+                    break
                 log.advance()
-                logging_step = self.step % log_every == 0 or self.step == steps
-                if logging_step:
+                if self.step % log_every == 0 or self.step == steps:
                     self._log(log)
-                if preview and self.step % preview_every == 0:
-                    self._off_the_clock(lambda: preview(log))
                 if self.step % save_every == 0:
                     self._off_the_clock(self.save)
-                # Several ranks have to stop at the same step: they agree on log steps only.
-                if (logging_step or distributed.world_size() == 1) and distributed.any_rank(
-                    stop.stop_requested or self._out_of_time(started)
-                ):
-                    break
+                if previewer and self.step % preview_every == 0:
+                    self._off_the_clock(lambda: previewer(log))
             if self.last_saved is None or self.last_saved[0] != self.step:
                 self.guard.check(self.step, self.last_saved and self.last_saved[1])
                 self.save()
         if self.step < steps:
-            logger.info("stopped after step %d of %d; the same command with --resume continues", self.step, steps)
+            why = "asked to stop" if stop.stop_requested else "out of time"
+            logger.info("%s after step %d of %d; the same command with --resume continues", why, self.step, steps)
         return stop.stop_requested
 
     def _out_of_time(self, started: float) -> bool:
@@ -191,8 +203,7 @@ class Trainer:
         then, step_then = self._clock
         self._clock = time.monotonic(), self.step
         seconds_per_step = (self._clock[0] - then) / (self.step - step_then)
-        figures = distributed.all_reduce_mean({**self.statistics.summary(), "grad_norm": self.grad_norm})
-        figures["loss"] = figures["loss"] * distributed.world_size()  # each rank holds its share of the sum
+        figures = self.statistics.summary() | {"grad_norm": self.grad_norm}
         self.statistics.reset()
         log.log(
             self.step,
@@ -231,7 +242,22 @@ class Trainer:
         """Continues from the newest whole checkpoint of the run."""
         manifest = checkpoint.load(self.out, self._state())
         self.step = int(manifest["step"])
+        self.last_saved = self.step, self.out / "checkpoints" / f"step-{self.step:08d}"
+        if changed := differences(manifest["config"], self.config.model_dump(mode="json")):
+            logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))
         logger.info("resumed after step %d", self.step)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What changed, as "key: old -> new"."""
+    found = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -90,7 +90,7 @@ TINY = {
 
 
 def tiny_sana(seed: int = 0, **config: object) -> SanaTransformer2DModel:
-    """A tiny backbone with random weights, none of them at the zeros and ones where diffusers starts norms and biases."""
+    """A tiny backbone with random weights, no norm or bias at the zeros and ones where diffusers starts them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = SanaTransformer2DModel(**{**TINY, **config})

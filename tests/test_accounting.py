@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import torch
+from helpers import random_condition, tiny_sana
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.accounting import CostCounter
+from tbcm.models.sana import SanaTrigFlow
 
 
 def test_flops_of_a_linear_layer_forward_and_backward() -> None:
@@ -40,3 +42,20 @@ def test_memory_goes_up_and_down_with_storages() -> None:
             assert counter.live == 200
             del c
         assert (counter.live, counter.peak) == (0, 600)
+
+
+def test_activation_checkpointing_repeats_the_value_and_not_its_tangent() -> None:
+    """In units of a forward pass: one pass with tangent T, backward 2; checkpointed one more forward, not T more."""
+    u, t, condition = torch.randn(4, 4, 8, 8), torch.rand(4), random_condition(2)
+
+    def flops(checkpointing: bool, tangents: bool, backward: bool) -> int:
+        net = SanaTrigFlow(tiny_sana(), timestep_scale=1.0, gradient_checkpointing=checkpointing)
+        with CostCounter() as counter:
+            answer = net(u, t, condition, tangents=(u, t) if tangents else None)
+            if backward:
+                answer.F.sum().backward()
+        return counter.flops
+
+    forward = flops(False, False, False)
+    more = flops(True, True, True) - flops(False, True, True)
+    assert 0.8 * forward < more <= forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -72,7 +73,9 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
     assert [row["step"] for row in metrics(tmp_path / "half")] == [2, 3, 4, 6]
 
 
-def test_ctrl_c_during_a_step_finishes_it_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_a_step_saves_and_the_resumed_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make(tmp_path / "whole")
     whole.run()
     stopped = make(tmp_path / "stopped")
@@ -86,7 +89,7 @@ def test_ctrl_c_during_a_step_finishes_it_saves_and_goes_on(tmp_path: Path, monk
     interrupt.batches = rollouts.batches  # type: ignore[attr-defined]
     stopped.rollouts = interrupt  # type: ignore[assignment]
     assert stopped.run() is True
-    assert stopped.step == 3
+    assert stopped.step == 2  # the step was given up
     rest = make(tmp_path / "stopped")
     rest.resume()
     assert rest.run() is False
@@ -96,8 +99,8 @@ def test_ctrl_c_during_a_step_finishes_it_saves_and_goes_on(tmp_path: Path, monk
 def test_a_time_limit_stops_and_saves(tmp_path: Path) -> None:
     trainer = make(tmp_path, train={"max_minutes": 1e-9, "steps": 50})
     assert trainer.run() is False
-    assert trainer.step == 1
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
+    assert trainer.step == 0
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000000"
 
 
 def test_micro_batches_and_accumulation_give_the_gradient_of_the_whole_batch(
@@ -166,6 +169,21 @@ def test_dark_samples_are_dropped_and_add_nothing(tmp_path: Path, monkeypatch: p
     some = make(tmp_path / "c", method={"brightness_threshold": 3.0}, train={"steps": 12}, log={"every": 12})
     some.run()
     assert 0 < metrics(tmp_path / "c")[-1]["kept"] < 1
+
+
+def test_a_preview_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Pipeline, *arguments: object) -> None:
+        raise UserError("no VAE here")
+
+    monkeypatch.setattr(Pipeline, "load_vae", fail)
+    monkeypatch.setattr(Pipeline, "compression", 8)
+    monkeypatch.setattr(Pipeline, "sampling_shift", 1.0)
+    trainer = make(tmp_path, log={"preview_every": 2})
+    monkeypatch.setattr(logging.getLogger("tbcm"), "propagate", True)
+    trainer.run()
+    assert trainer.step == 6 and "no preview at step 2: no VAE here" in caplog.text
 
 
 def test_without_previews_no_vae_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

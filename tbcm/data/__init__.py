@@ -1,1 +1,1 @@
-"""What a run reads: prompts and cached embeddings; latents for the baselines only."""
+"""What a run reads: prompts."""

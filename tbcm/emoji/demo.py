@@ -19,11 +19,12 @@ from tbcm.build import build_parts, pipeline_of
 from tbcm.config import Config, load_config
 from tbcm.emoji.dataset import read_atlas
 from tbcm.errors import UserError, command
-from tbcm.generation import Sampler, middle
+from tbcm.generation import Sampler
 from tbcm.images import save_png, sheet
 from tbcm.metrics import features, fid, kid, split
 from tbcm.runtime.files import RunLock, atomic_path, write_json
 from tbcm.runtime.log import setup_logging
+from tbcm.student import RUN_CONFIG
 from tbcm.trainer import Trainer
 
 SHEET_PROMPTS = (
@@ -50,20 +51,9 @@ class Arms:
     """Everything that is compared: name -> images for given prompts."""
 
     def __init__(self, config: Config, trainer: Trainer) -> None:
-        def sampler(teacher: bool) -> Sampler:
-            return Sampler(
-                trainer.teacher if teacher else trainer.student,
-                trainer.text,
-                pipeline_of(config),
-                trainer.parts.black.shape,
-                teacher=teacher,
-                sigma_data=config.method.sigma_data,
-                t_max=config.teacher.t_max,
-                guidance=middle(config.method.guidance),
-                batch=64,
-            )
-
-        self.student, self.teacher = sampler(False), sampler(True)
+        text, pipeline = trainer.text, pipeline_of(config)
+        self.student = Sampler(trainer.student, text, config, pipeline, teacher=False, batch=64)
+        self.teacher = Sampler(trainer.teacher, text, config, pipeline, teacher=True, batch=64)
 
     def __call__(self, arm: str, prompts: list[str], seed: int) -> Tensor:
         kind, steps = arm.rsplit("_", 1)
@@ -151,6 +141,15 @@ def _report(found: dict[str, Tensor], images: int, seconds: float, steps: int, s
     }
 
 
+def start_afresh(folder: Path, config: Config) -> None:
+    """Replaces the run of an earlier demo. Raises UserError where `folder` holds anything else."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / RUN_CONFIG).is_file():
+        raise UserError(f"{folder} is in the way and is no run of tbcm: choose another --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_path(folder / RUN_CONFIG) as part:
+        part.write_text(config.to_yaml(), encoding="utf-8")
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tbcm.emoji.demo", description=__doc__)
@@ -171,11 +170,8 @@ def main() -> None:
     config = load_config(arguments.config, demo + arguments.overrides)
     setup_logging()
     with RunLock(out):
-        if (out / "run").exists():
-            shutil.rmtree(out / "run")
+        start_afresh(Path(config.out), config)
         report = run(config, out, arguments.images)
-        with atomic_path(Path(config.out) / "config.yaml") as part:
-            part.write_text(config.to_yaml(), encoding="utf-8")
         write_json(out / "report.json", report)
     print(f"sheet: {report['sheet']}")
     print(", ".join(f"{key} {value}" for key, value in report.items() if key != "sheet"))

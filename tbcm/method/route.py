@@ -29,7 +29,7 @@ def random_route(uniform: Tensor, t_max: float) -> Tensor:
 def logit_normal_route(
     normal: Tensor, t_max: float, *, sigma_data: float, mean: float = 0.2, std: float = 1.6
 ) -> Tensor:
-    """sigma_d tan t = e^a with a ~ N(mean, std^2), cut off at t_max (sCM's proposal; the paper's line prints it garbled)."""
+    """sigma_d tan t = e^a, a ~ N(mean, std^2), cut off at t_max (sCM's proposal; the paper's line prints it garbled)."""
     # Cut off through the inverse distribution function: clamping would put several points of a route at t_max.
     highest = (math.log(sigma_data * math.sin(t_max) / max(math.cos(t_max), 1e-16)) - mean) / std
     below = 0.5 * math.erfc(-highest / math.sqrt(2))  # the share of the proposal below t_max
@@ -37,19 +37,21 @@ def logit_normal_route(
     return _route(torch.atan2((normal * std + mean).exp(), torch.full_like(normal, sigma_data)), t_max)
 
 
-def reference_edges(points: int, *, shift: float = 2.5, train_timesteps: int = 1000) -> Tensor:
+def reference_edges(
+    points: int, *, shift: float = 2.5, train_timesteps: int = 1000, device: torch.device | None = None
+) -> Tensor:
     """Bin edges [N] of the reference route, fp64: a flow-Euler schedule whose shift is applied twice, as published.
 
     q = linspace(1, shift / (T + shift - 1), N) is the shifted schedule, s = shift q / (1 + (shift - 1) q) shifts it
-    again, and the edges are its TrigFlow times (inverse of paper Eq. 5). Also the teacher's own sampling schedule.
+    again, and the edges are its TrigFlow times (inverse of paper Eq. 5).
     """
-    q = torch.linspace(1, shift / (train_timesteps + shift - 1), points, dtype=torch.float64)
+    q = torch.linspace(1, shift / (train_timesteps + shift - 1), points, dtype=torch.float64, device=device)
     return time_from_flow(shift * q / (1 + (shift - 1) * q))
 
 
 def reference_route(uniform: Tensor, t_max: float, *, shift: float = 2.5, train_timesteps: int = 1000) -> Tensor:
     """t_0 = t_max, then one uniform draw in each bin between neighbouring edges: every sub-interval is visited once."""
-    edges = reference_edges(uniform.shape[-1], shift=shift, train_timesteps=train_timesteps).to(uniform.device)
+    edges = reference_edges(uniform.shape[-1], shift=shift, train_timesteps=train_timesteps, device=uniform.device)
     edges = edges * (t_max / edges[0])  # a teacher that starts below pi/2 keeps the shape of the schedule
     upper, lower = edges[:-1], edges[1:]
     inner = lower + uniform.double()[..., 1:] * (upper - lower)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ class Pipeline:
 
     path: str
     revision: str | None = None
+    given_timestep_scale: float | None = None
 
     @cached_property
     def location(self) -> str:
@@ -61,10 +63,11 @@ class Pipeline:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: no readable {part}/config.json ({_first_line(error)})") from None
 
-    def load(self, part: str, cls: Any, dtype: torch.dtype) -> Any:
+    def load(self, part: str, cls: Any, dtype: torch.dtype | None) -> Any:
         """`cls.from_pretrained` of one part; a missing or damaged file becomes a UserError."""
+        options = {} if dtype is None else {"torch_dtype": dtype}
         try:
-            return cls.from_pretrained(self.location, subfolder=part, revision=self.revision, torch_dtype=dtype)
+            return cls.from_pretrained(self.location, subfolder=part, revision=self.revision, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self.path}: cannot load {part}/ ({_first_line(error)})") from None
 
@@ -75,9 +78,16 @@ class Pipeline:
         SanaPipeline passes scheduler times (up to 1,000) times the transformer's timestep_scale; SanaSprintPipeline
         passes s itself and ignores that key.
         """
+        if self.given_timestep_scale is not None:
+            return self.given_timestep_scale
         if self.index.get("_class_name") == "SanaSprintPipeline":
             return 1.0
         return FLOW_STEPS * float(self.config("transformer", SanaTransformer2DModel).get("timestep_scale", 1.0))
+
+    @cached_property
+    def compression(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.config("vae", AutoencoderDC)["encoder_block_out_channels"]) - 1))
 
     @cached_property
     def sampling_shift(self) -> float:
@@ -161,13 +171,16 @@ def decode_latents(vae: AutoencoderDC, latents: Tensor) -> Tensor:
     return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
 
 
-def black_latent(pipeline: Pipeline, image_size: int, cache: Path, device: torch.device) -> Tensor:
-    """The scaled latent [C, h, w] of an all-black image (fp32): the teacher's own, else computed once into `cache`."""
+def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torch.device) -> Tensor:
+    """The scaled latent [C, h, w] of an all-black image (fp32): the teacher's own, else computed once into `folder`,
+    under a name that tells teachers apart."""
     from safetensors.torch import save_file
 
     from tbcm.runtime.files import atomic_path
 
     key = str(image_size)
+    name = hashlib.sha256(f"{pipeline.location}@{pipeline.revision}".encode()).hexdigest()[:8]
+    cache = folder / f"black_latent-{name}.safetensors"
     for file in (Path(pipeline.location) / "black_latent.safetensors", cache):
         if file.is_file():
             try:

@@ -45,6 +45,7 @@ SANA: dict[str, dict[str, Any]] = {
         "caption_channels": 384,
         "patch_size": 2,
         "sample_size": 8,
+        "interpolation_scale": 1.0,
     },
     "tiny": _SANA
     | {

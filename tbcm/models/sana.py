@@ -2,8 +2,8 @@
 
 The backbone keeps diffusers' parameter names, so its weights load and save with plain diffusers. Its forward pass is
 written out here in parts (embed, blocks, head) because each part is differentiated, compiled or checkpointed on its
-own: a tangent through the whole model at once holds three times the memory, and activation checkpointing has to
-enclose the differentiation (torch.func.jvp over a checkpointed module fails in backward).
+own: a tangent through the whole model at once holds three times the memory, and torch.func.jvp over a checkpointed
+module fails in backward.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
-from tbcm.models.tangent import Dual, push
+from tbcm.models.tangent import Dual, push, push_checkpointed
 
 TangentMode = Literal["one_pass", "two_pass"]
 
@@ -53,7 +52,7 @@ class LinearAttention(SanaLinearAttnProcessor2_0):
             out = out[..., :-1] / (out[..., -1:] + 1e-15)
         out = out.transpose(1, 2).flatten(-2).to(hidden_states.dtype)
         out = attn.to_out[1](attn.to_out[0](out))
-        return out.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else out
+        return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
 
 class PromptCrossAttention:
@@ -101,8 +100,8 @@ class SanaTrigFlow(nn.Module):
     `logvar`: adds the learned log-variance head of the adaptive weighting, on the time (and guidance) embedding.
     `tangent`: one_pass computes F and its derivative together; two_pass runs the network twice, first for the
     derivative without a graph, then for F with one. `differentiable` False: a frozen network that is never asked for a
-    derivative. `gradient_checkpointing`: keep block inputs only, recompute blocks in backward.
-    `compiled`: torch.compile per block (two graphs, whatever the depth).
+    derivative. `gradient_checkpointing`: keep block inputs only, recompute blocks (not their tangents) in backward.
+    `compiled`: torch.compile per block (two graphs, whatever the depth), not together with checkpointing.
     """
 
     def __init__(
@@ -160,14 +159,24 @@ class SanaTrigFlow(nn.Module):
         h, temb, emb = push(lambda u, t: self._embed(u, t, guidance), u, t)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.backbone.transformer_blocks:
-            arguments = (block, h, temb, text, bias, size)
-            h = checkpoint(self._block, *arguments, use_reentrant=False) if checkpointing else self._block(*arguments)
+            if checkpointing:
+                h = self._checkpointed(block, h, temb, text, bias, size)
+            else:
+                h = self._block(block, h, temb, text, bias, size)
         ((F, dF),) = push(lambda h, emb, u, t: self._head(h, emb, u, t), h, emb, u, t)
         logvar = None
         if self.logvar_head is not None:
             with torch.autocast(u[0].device.type, enabled=False):
                 logvar = self.logvar_head(emb[0].to(self.logvar_head.weight.dtype)).squeeze(-1)
         return Prediction(F, dF, logvar)
+
+    def _checkpointed(
+        self, block: nn.Module, h: Dual, temb: Dual, text: Tensor, bias: Tensor, size: tuple[int, int]
+    ) -> Dual:
+        def run(h: Tensor, temb: Tensor, text: Tensor) -> Tensor:
+            return block(h, None, text, bias, temb, *size)
+
+        return push_checkpointed(run, h, temb, text, [p for p in block.parameters() if p.requires_grad])
 
     def _text(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """Projected text [P, L, D] and the additive mask [P, 1, L], as diffusers makes them."""

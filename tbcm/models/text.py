@@ -116,8 +116,8 @@ class GemmaEncoder:
             return _encode(self.tokenizer, self.model, texts, self.max_tokens)
         texts = [self.instruction + text for text in texts]
         embeds, mask = _encode(self.tokenizer, self.model, texts, self._prefix_tokens + self.max_tokens)
-        kept = [0, *range(1 - self.max_tokens, 0)]
-        return embeds[:, kept], mask[:, kept]
+        last = slice(1 - self.max_tokens, None)  # slices: an index list would be copied to the device and waited for
+        return torch.cat([embeds[:, :1], embeds[:, last]], 1), torch.cat([mask[:, :1], mask[:, last]], 1)
 
 
 def load_gemma(
@@ -127,6 +127,7 @@ def load_gemma(
     device: torch.device | str = "cpu",
     instruction: Sequence[str] | None = None,
     max_tokens: int = 300,
+    revision: str | None = None,
     tokenizer_subfolder: str = "tokenizer",
     model_subfolder: str = "text_encoder",
 ) -> GemmaEncoder:
@@ -140,8 +141,8 @@ def load_gemma(
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, subfolder=tokenizer_subfolder)
-        model = AutoModel.from_pretrained(path_or_hub_id, subfolder=model_subfolder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, subfolder=tokenizer_subfolder, revision=revision)
+        model = AutoModel.from_pretrained(path_or_hub_id, subfolder=model_subfolder, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -16,6 +16,17 @@ from tbcm.errors import UserError
 T = TypeVar("T")
 
 
+def pick_device(device_type: str | None = None) -> torch.device:
+    """ "cuda" or "cpu"; None takes CUDA where there is one.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here (torch.cuda.is_available() is False): leave --device out")
+    return torch.device(device_type or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def init(device_type: str | None = None, timeout: timedelta | None = None) -> torch.device:
     """Joins the process group that torchrun's environment describes, and returns this rank's device.
 
@@ -28,7 +39,7 @@ def init(device_type: str | None = None, timeout: timedelta | None = None) -> to
     Raises:
         UserError: more processes on this node than GPUs.
     """
-    cuda = (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    cuda = pick_device(device_type).type == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(
@@ -83,17 +94,13 @@ def local_slice(n: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def all_reduce_mean(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The mean over ranks of scalar tensors on one device, in one collective; nothing is read on the host.
-
-    All ranks give the same keys. With equal shares (`local_slice`) the mean of means is the global mean.
-    """
-    if not is_initialized() or not metrics:
-        return dict(metrics)
-    keys = sorted(metrics)
-    stacked = torch.stack([metrics[key].detach().float() for key in keys])
-    dist.all_reduce(stacked)
-    return dict(zip(keys, stacked / world_size(), strict=True))
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over ranks of a tensor, in one collective; stays on the device."""
+    if not is_initialized():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def all_true(flag: Tensor) -> Tensor:
