@@ -69,7 +69,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     prompts = build_prompts(config)
     if config.student.compile and torch.__version__ < "2.13":  # a TorchVersion: compares numbers, not letters
         raise UserError(
-            f"student.compile = true: needs torch 2.13 (inductor of {torch.__version__} cannot lower a convolution under"
+            f"student.compile = true: needs torch 2.13 (inductor of {torch.__version__} cannot lower convolutions under"
             " torch.func.jvp); set student.compile=false"
         )
     teacher = build_teacher(config, device, torch.float32)

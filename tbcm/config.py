@@ -31,7 +31,7 @@ class Teacher(Section):
     )
     precision: Precision = Field(
         "auto",
-        description="auto: bf16 weights on CUDA from Ampere on; before, fp32 weights and fp16 computation; fp32 on a CPU",
+        description="auto: bf16 weights on CUDA from Ampere on, before it fp16 computation; fp32 on a CPU",
     )
     null_mask: Literal["conditional", "own"] = Field(
         "conditional",

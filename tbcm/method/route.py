@@ -29,7 +29,7 @@ def random_route(uniform: Tensor, t_max: float) -> Tensor:
 def logit_normal_route(
     normal: Tensor, t_max: float, *, sigma_data: float, mean: float = 0.2, std: float = 1.6
 ) -> Tensor:
-    """sigma_d tan t = e^a, a ~ N(mean, std^2), cut off at t_max (sCM's proposal; the paper's line prints it garbled)."""
+    """sigma_d tan t = e^a, a ~ N(mean, std^2), cut off at t_max (sCM's proposal; garbled in the paper)."""
     # Cut off through the inverse distribution function: clamping would put several points of a route at t_max.
     highest = (math.log(sigma_data * math.sin(t_max) / max(math.cos(t_max), 1e-16)) - mean) / std
     below = 0.5 * math.erfc(-highest / math.sqrt(2))  # the share of the proposal below t_max
