@@ -147,7 +147,7 @@ class Train(Section):
 class Log(Section):
     every: PositiveInt = 20
     preview_every: NonNegativeInt = Field(1000, description="steps between image sheets; 0: none, and no VAE is loaded")
-    preview_prompts: list[str] = Field(default_factory=list, description="default: the first eight of the prompt file")
+    preview_prompts: list[str] = Field(default_factory=list, description="default: eight spread over the prompt file")
 
 
 class Checkpoint(Section):

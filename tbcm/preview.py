@@ -29,7 +29,7 @@ class Previewer:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         config, parts = trainer.config, trainer.parts
-        self.prompts = config.log.preview_prompts or [parts.prompts[i] for i in range(min(8, len(parts.prompts)))]
+        self.prompts = config.log.preview_prompts or [parts.prompts[i * len(parts.prompts) // 8] for i in range(8)]
 
         text, pipeline = parts.text, pipeline_of(config)
         self.student = Sampler(parts.student, text, config, pipeline, teacher=False, batch=4)

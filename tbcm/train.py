@@ -59,11 +59,13 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     from tbcm.build import build_parts
     from tbcm.runtime import distributed
+    from tbcm.runtime.allocator import reuse_freed_memory
     from tbcm.runtime.files import RunLock, atomic_path
     from tbcm.runtime.log import setup_logging
     from tbcm.trainer import Trainer
 
     torch_device = distributed.init(device)
+    reuse_freed_memory()
     setup_logging()
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)

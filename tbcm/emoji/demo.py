@@ -22,6 +22,7 @@ from tbcm.errors import UserError, command
 from tbcm.generation import Sampler
 from tbcm.images import save_png, sheet
 from tbcm.metrics import features, fid, kid, split
+from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.files import RunLock, atomic_path, write_json
 from tbcm.runtime.log import setup_logging
 from tbcm.student import RUN_CONFIG
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=7.5, help="training time; 0: the configuration's own number of steps"
     )
-    parser.add_argument("--images", type=int, default=500, help="images an arm is measured on (2 to 2,400)")
+    parser.add_argument("--images", type=int, default=400, help="images an arm is measured on (2 to 2,400)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     if not 2 <= arguments.images <= 2400:
@@ -169,6 +170,7 @@ def main() -> None:
         demo += [f"train.max_minutes={arguments.minutes}"]
     config = load_config(arguments.config, demo + arguments.overrides)
     setup_logging()
+    reuse_freed_memory()
     with RunLock(out):
         start_afresh(Path(config.out), config)
         report = run(config, out, arguments.images)

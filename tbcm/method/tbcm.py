@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from tbcm.method.consistency import consistency_loss, network_tangents, tangent
+from tbcm.method.consistency import consistency_loss, logvar_prior, network_tangents, tangent
 from tbcm.method.types import Condition, Network, Trajectory
 
 
@@ -36,5 +36,6 @@ def tbcm_loss(
     answer = student(x / sigma_data, t, condition, guidance, network_tangents(dxdt, t, sigma_data))
     assert answer.dF is not None and answer.logvar is not None
     g, norm = tangent(answer.F.detach(), answer.dF, x, dxdt, t, r, sigma_data, c)
-    loss, error = consistency_loss(answer.F, g, answer.logvar, t, keep, count, sigma_data)
-    return loss, {"t": t, "keep": keep, "error": error, "g_norm": norm, "logvar": answer.logvar.detach()}
+    logvar = answer.logvar + logvar_prior(t, answer.F[0].numel(), sigma_data)
+    loss, error = consistency_loss(answer.F, g, logvar, t, keep, count, sigma_data)
+    return loss, {"t": t, "keep": keep, "error": error, "g_norm": norm, "logvar": logvar.detach()}

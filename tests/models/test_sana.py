@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from copy import deepcopy
 from functools import partial
@@ -26,7 +27,7 @@ BACKBONES = {
 }
 every_backbone = pytest.mark.parametrize("kind", BACKBONES)
 needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler"
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on the CPU"
 )
 
 
@@ -228,7 +229,7 @@ def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(tangen
 @needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_predictions_and_gradients_are_the_eager_ones() -> None:
-    backbone, batch = backbone_of("guidance", num_layers=2), Batch()
+    backbone, batch = backbone_of("guidance", num_layers=1), Batch()
     eager = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0)
     compiled = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, compiled=True)
     expected, got = batch.predict(eager), batch.predict(compiled)
@@ -246,7 +247,7 @@ def test_blocks_share_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> 
         return graph
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    net = SanaTrigFlow(backbone_of("guidance", num_layers=5), timestep_scale=1.0, compiled=True)
+    net = SanaTrigFlow(backbone_of("guidance", num_layers=3), timestep_scale=1.0, compiled=True)
     batch, counts = Batch(), []
     for tangents in (True, False, True, False):
         batch.predict(net, tangents).F.sum().backward()
@@ -300,6 +301,19 @@ def test_mixed_precision_derivatives(mode: str) -> None:
         assert got.dtype == torch.float32
         assert (got - expected).norm() < 0.05 * expected.norm()
     assert answer.logvar.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in net.backbone.parameters())
+
+
+def test_a_query_without_positive_features_stays_finite_in_fp16() -> None:
+    """Linear attention divides by sum_k relu(q) relu(k) + 1e-15; in fp16 that guard would be 0."""
+    net, batch = SanaTrigFlow(backbone_of("plain"), timestep_scale=1.0), Batch()
+    for block in net.backbone.transformer_blocks:
+        torch.nn.init.zeros_(block.attn1.norm_q.weight)
+    with torch.autocast("cpu", torch.float16):
+        answer = batch.predict(net)
+    answer.F.sum().backward()
+    assert answer.F.isfinite().all()
+    assert answer.dF.isfinite().all()
     assert all(p.grad.isfinite().all() for p in net.backbone.parameters())
 
 
