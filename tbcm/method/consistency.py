@@ -62,8 +62,8 @@ def tangent(
 
 
 def time_weight(t: Tensor, sigma_data: float) -> Tensor:
-    """w(t) = 1 / (sigma_d tan t), the prior weighting of sCM, written cos/sin: exactly 0 at t = pi/2 up to rounding."""
-    return torch.cos(t) / (sigma_data * torch.sin(t))
+    """w(t) = 1 / (sigma_d tan t), the prior weighting of sCM. In fp32 pi/2 rounds up: 0 there, not a little below."""
+    return torch.cos(t).clamp(min=0.0) / (sigma_data * torch.sin(t))
 
 
 def logvar_prior(t: Tensor, dim: int, sigma_data: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from helpers import Gaussian
 from torch import Tensor
 
-from tbcm.method.consistency import RSchedule, consistency_loss, network_tangents, tangent, time_weight
+from tbcm.method.consistency import RSchedule, consistency_loss, logvar_prior, network_tangents, tangent, time_weight
 
 BATCH, SHAPE = 6, (2, 3, 4)
 DIM = math.prod(SHAPE)
@@ -108,6 +108,24 @@ def test_the_normalised_tangent_is_shorter_than_one(c: float) -> None:
 def test_the_weight_is_one_over_sigma_tan_and_vanishes_at_pi_over_two() -> None:
     t = torch.tensor([math.pi / 4, math.atan(2.0), math.pi / 2])
     torch.testing.assert_close(time_weight(t, 0.5), torch.tensor([2.0, 1.0, 0.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_the_weight_is_never_negative() -> None:
+    """pi/2 rounded to fp32, and as diffusers rounds it, are a little more than pi/2."""
+    assert (time_weight(torch.tensor([math.pi / 2, 1.57080]), 0.5) >= 0).all()
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_the_log_variance_starts_where_it_is_optimal_for_a_tangent_of_norm_one(sigma_data: float) -> None:
+    t = times()
+    g = randn(2, BATCH, *SHAPE)
+    g /= g.flatten(1).norm(dim=1)[:, None, None, None]
+    logvar = logvar_prior(t, DIM, sigma_data).requires_grad_()
+    keep = torch.ones(BATCH, dtype=torch.bool)
+    consistency_loss(randn(0, BATCH, *SHAPE), g, logvar, t, keep, BATCH, sigma_data)[0].backward()
+    torch.testing.assert_close(logvar.grad, torch.zeros_like(t), rtol=0, atol=1e-12)
+    at_the_end = logvar_prior(torch.tensor([math.pi / 2]), DIM, sigma_data)
+    assert at_the_end.isfinite().all()
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -68,7 +68,10 @@ def test_the_loss_is_algorithm_1_sample_by_sample() -> None:
             if keep[p]:
                 error = (g / (norm + 0.1)).square().mean()
                 assert figures["error"][sample].item() == pytest.approx(error.item(), rel=1e-5)
-                total += (error * (-d * t).exp() / (SIGMA * t.tan()) + d * t).item()
+                weight = 1 / (SIGMA * t.tan())
+                logvar = d * t + (weight / g.numel()).log()  # learned, on top of where it starts
+                assert figures["logvar"][sample].item() == pytest.approx(logvar.item(), rel=1e-5)
+                total += (weight * (-logvar).exp() * error + logvar).item()
     assert loss.item() == pytest.approx(total / 99, rel=1e-5)
     assert not any(figure.requires_grad for figure in figures.values())
 

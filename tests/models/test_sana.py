@@ -290,10 +290,12 @@ def test_a_half_precision_teacher_rounds_its_weights_only() -> None:
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-def test_mixed_precision_derivatives(mode: str) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixed_precision_derivatives(mode: str, checkpointing: bool) -> None:
     backbone, batch = backbone_of("guidance"), Batch()
     exact = batch.predict(SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0))
-    net = SanaTrigFlow(backbone, timestep_scale=1.0, logvar=True, tangent=mode)
+    options = {"tangent": mode, "gradient_checkpointing": checkpointing}
+    net = SanaTrigFlow(backbone, timestep_scale=1.0, logvar=True, **options)
     with torch.autocast("cpu", torch.bfloat16):
         answer = batch.predict(net)
     answer.F.sum().backward()
