@@ -90,8 +90,8 @@ class Sampler:
             times = teacher_times(steps, self.pipeline.sampling_shift).to(start.device)[None]
             with teacher_autocast(self.config, start.device):
                 return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
-        times = student_times(steps, self.config.teacher.t_max)
-        return consistency_sample(embedded(self.net, condition, w), start, times, sigma_data, noise) / sigma_data
+        few = student_times(steps, self.config.teacher.t_max)
+        return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""

@@ -43,7 +43,7 @@ def push_checkpointed(
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, fn: Callable[..., Tensor], dx: Tensor | None, dm: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         x, modulation, text = tensors[:3]  # then the weights, which fn reads by itself
@@ -56,7 +56,7 @@ class _Recompute(torch.autograd.Function):
         return y, dy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, modulation, text, *weights = ctx.saved_tensors
         inputs = [tensor.detach().requires_grad_() for tensor in (x, modulation, text)]
         enabled, dtype = ctx.autocast
