@@ -86,7 +86,7 @@ TINY = {
     "sample_size": 8,
     "qk_norm": "rms_norm_across_heads",
 }
-"""A SanaTransformer2DModel of 10,000 parameters with every kind of layer that the published ones have."""
+"""A SanaTransformer2DModel of 16,000 parameters with every kind of layer that the published ones have."""
 
 
 def tiny_sana(seed: int = 0, **config: object) -> SanaTransformer2DModel:
@@ -102,7 +102,7 @@ def tiny_sana(seed: int = 0, **config: object) -> SanaTransformer2DModel:
 
 
 def random_condition(prompts: int, seed: int = 0, length: int = 5, dim: int = 12) -> Condition:
-    """Text states [P, L, D] with a ragged mask: prompt p has 1 + p mod L tokens, counted down from L."""
+    """Text states [P, L, D] with a ragged mask: prompt p has L - (p mod L) tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = length - torch.arange(prompts) % length
     return Condition(

@@ -7,14 +7,16 @@ CHILD = """
 import resource, torch
 from tbcm.runtime.allocator import reuse_freed_memory
 if {reuse}: assert reuse_freed_memory()
+def step(): [torch.empty(2**21).fill_(1.0) for _ in range(6)]  # 8 MiB each, alive together, then all freed
+for _ in range(5): step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(200): torch.empty(2**21).fill_(1.0)  # 8 MiB
+for _ in range(20): step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def test_freed_blocks_are_not_mapped_again() -> None:
-    """Page faults of 200 tensors of 8 MiB, one after another: each is mapped anew, or they are one block."""
+    """Page faults of 20 rounds of 6 tensors of 8 MiB: every round is mapped anew, or all use the first one's memory."""
 
     def faults(reuse: bool) -> int:
         child = [sys.executable, "-c", CHILD.format(reuse=reuse)]
