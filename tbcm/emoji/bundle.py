@@ -10,6 +10,7 @@ real.json           their captions and splits, in the order of the tiles
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -36,12 +37,21 @@ def write_teacher(transformer: SanaTransformer2DModel, vae: AutoencoderDC, out: 
     )
     with atomic_folder(out / "teacher") as folder:
         pipeline.save_pretrained(folder)
+        for config in folder.glob("*/config.json"):
+            _forget_where_from(config)
         # Through the weights as they are stored, since that is what encodes and decodes from now on.
         stored = AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         black = encode(stored, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))[0]
         save_file({str(SIZE): black.contiguous()}, folder / "black_latent.safetensors")
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them private
+
+
+def _forget_where_from(config: Path) -> None:
+    """diffusers notes the folder that a model was loaded from; that says nothing to anyone else."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_data_assets(data: EmojiImages, out: Path) -> None:
