@@ -70,8 +70,9 @@ def logvar_prior(t: Tensor, dim: int, sigma_data: float) -> Tensor:
     """Where the learned log-variance starts: log(w(t) / D), its optimum for a tangent of norm 1.
 
     The loss term w e^{-logvar} / D ||g||^2 + logvar is least at logvar = log(w ||g||^2 / D), and a normalised tangent
-    has a norm just below 1. A head that has to learn this offset of -2 to -10 from zero pulls the time embedding, which
-    it shares with the network, along: on the emoji teacher that alone ruined the student within 100 steps.
+    has a norm just below 1. Until a head that starts at zero has learnt this offset of -2 to -10, small t outweigh all
+    others and the head's gradient drives the time embedding that it shares with the network. Which of the two does the
+    harm was not separated; on the emoji teacher the student was ruined within 100 steps, and with this start is not.
     """
     return torch.log(time_weight(t, sigma_data).clamp(min=1e-6) / dim)
 
