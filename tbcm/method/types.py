@@ -30,9 +30,6 @@ class Condition:
         """A single prompt's condition, repeated (without copying) for P prompts."""
         return Condition({k: v.expand(prompts, *v.shape[1:]) for k, v in self.tensors.items()})
 
-    def to(self, device: torch.device) -> Condition:
-        return Condition({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
-
     @staticmethod
     def cat(*conditions: Condition) -> Condition:
         return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})
