@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbcm.config import Config, Precision
+from tbcm.config import Config, Precision, Switch
 from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
 from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
@@ -43,6 +43,11 @@ def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def switch(value: Switch, device: torch.device) -> bool:
+    """auto: on CUDA."""
+    return device.type == "cuda" if value == "auto" else value
+
+
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """The context in which fp32 weights compute in `dtype`."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -67,11 +72,6 @@ def pipeline_of(config: Config) -> Pipeline:
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
     prompts = build_prompts(config)
-    if config.student.compile and torch.__version__ < "2.13":  # a TorchVersion: compares numbers, not letters
-        raise UserError(
-            f"student.compile = true: needs torch 2.13 (inductor of {torch.__version__} cannot lower convolutions under"
-            " torch.func.jvp); set student.compile=false"
-        )
     teacher = build_teacher(config, device, torch.float32)
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
     teacher.to(weights_dtype(dtype_of(config.teacher.precision, device)))
@@ -104,7 +104,8 @@ def build_text(config: Config, device: torch.device) -> TextConditions:
 def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> SanaTrigFlow:
     """The frozen teacher, with weights in `dtype` (default: as configured)."""
     dtype = dtype or weights_dtype(dtype_of(config.teacher.precision, device))
-    return load_teacher(pipeline_of(config), dtype, device)
+    compiled = switch(config.teacher.compile, device)
+    return load_teacher(pipeline_of(config), dtype, device, compiled=compiled, text_once=config.text.once)
 
 
 def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
@@ -115,8 +116,10 @@ def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
         return student_from_teacher(
             teacher,
             tangent=config.student.tangent,
-            gradient_checkpointing=config.student.gradient_checkpointing,
-            compiled=config.student.compile,
+            derivative=config.student.derivative,
+            checkpointing=config.student.checkpointing,
+            compiled=switch(config.student.compile, device),
+            text_once=config.text.once,
         )
 
 

@@ -15,6 +15,7 @@ from tbcm.errors import UserError
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Switch = Literal["auto"] | bool
 
 
 class Section(BaseModel):
@@ -40,6 +41,10 @@ class Teacher(Section):
     timestep_scale: PositiveFloat | None = Field(
         None, description="what the network is given at flow time s is s times this; default: as its folder says"
     )
+    compile: Switch = Field("auto", description="torch.compile per block; auto: on CUDA")
+    cuda_graph: Switch = Field(
+        "auto", description="a rollout is captured and replayed as one CUDA graph; auto: on CUDA"
+    )
     t_max: Annotated[float, Field(gt=0, le=1.5707964)] = Field(
         1.5707963267948966, description="where generation starts"
     )
@@ -52,6 +57,11 @@ class Text(Section):
         None, description="folder or hub id with tokenizer/ and text_encoder/; default: the teacher's"
     )
     max_tokens: PositiveInt = 300
+    once: bool = Field(
+        True,
+        description="a prompt's keys and values are projected once a rollout and once a student forward (those of the"
+        " null prompt once a run); false: at every point",
+    )
     precision: Precision = "auto"
 
 
@@ -90,14 +100,23 @@ class Method(Section):
 
 class Student(Section):
     precision: Precision = Field("auto", description="of the computation; weights stay fp32")
-    tangent: Literal["one_pass", "two_pass"] = "one_pass"
-    gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile per block; not together with gradient_checkpointing")
+    tangent: Literal["one_pass", "two_pass"] = Field(
+        "one_pass", description="prediction and tangent from one pass of the network, or from a pass each"
+    )
+    derivative: Literal["dual", "jvp"] = Field(
+        "dual", description="dual: hand-written forward-mode rules; jvp: torch.func.jvp, which does half as much again"
+    )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what backward recomputes of a block's values (never its tangents): nothing, all but the linear"
+        " layers, or everything. A compiled block is at least selective by itself",
+    )
+    compile: Switch = Field("auto", description="torch.compile per block; auto: on CUDA")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
-        if self.compile and self.gradient_checkpointing:
-            raise ValueError("compile and gradient_checkpointing exclude each other: switch one off")
+    def _selective_is_dual(self) -> Self:
+        if self.checkpointing == "selective" and self.derivative == "jvp" and self.tangent == "one_pass":
+            raise ValueError("checkpointing=selective needs derivative=dual (or tangent=two_pass)")
         return self
 
 

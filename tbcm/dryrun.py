@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.accounting import CostCounter
-from tbcm.build import Parts, build_parts, build_student, dtype_of, pipeline_of
+from tbcm.build import Parts, build_parts, build_student, dtype_of, pipeline_of, switch
 from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.models.loading import FLOW_STEPS, freeze
@@ -110,7 +110,13 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     with torch.device(device):
         with _default_dtype(dtype_of(config.teacher.precision, device)):
             backbone = SanaTransformer2DModel.from_config(arguments)
-        teacher = SanaTrigFlow(backbone, timestep_scale=scale, differentiable=False)
+        teacher = SanaTrigFlow(
+            backbone,
+            timestep_scale=scale,
+            differentiable=False,
+            compiled=switch(config.teacher.compile, device),
+            text_once=config.text.once,
+        )
         freeze(teacher)
         size = config.teacher.image_size // compression
         black = torch.zeros(arguments["in_channels"], size, size)

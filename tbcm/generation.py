@@ -18,7 +18,7 @@ from tbcm.method.trigflow import time_from_flow
 from tbcm.method.types import Condition
 from tbcm.models.loading import Pipeline, decode_latents
 from tbcm.models.sana import SanaTrigFlow
-from tbcm.rollouts import TextConditions, teacher_velocity
+from tbcm.rollouts import GuidedTeacher, TextConditions
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
 from tbcm.student import load_student, open_source
@@ -61,7 +61,8 @@ class Sampler:
         batch: int = 32,
     ) -> None:
         self.net, self.text, self.config, self.pipeline = net, text, config, pipeline
-        self.teacher, self.batch = teacher, batch
+        self.batch, device = batch, next(net.parameters()).device
+        self.teacher = GuidedTeacher(net, text, lambda: teacher_autocast(config, device)) if teacher else None
         side = config.teacher.image_size // pipeline.compression
         self.shape = net.backbone.config.in_channels, side, side
 
@@ -86,10 +87,9 @@ class Sampler:
         start = noise() * sigma_data
         w = torch.full((len(condition),), guidance, device=start.device)
         if self.teacher:
-            velocity = teacher_velocity(self.net, condition, self.text.null(condition), w)
+            velocity = self.teacher.velocity(self.teacher.prepare(condition), w)
             times = teacher_times(steps, self.pipeline.sampling_shift).to(start.device)[None]
-            with teacher_autocast(self.config, start.device):
-                return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
+            return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
         few = student_times(steps, self.config.teacher.t_max)
         return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
 

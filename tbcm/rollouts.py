@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from tbcm.method.types import Condition, Trajectory
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_slice
+from tbcm.runtime.graphs import Graphed
 from tbcm.runtime.seeding import generator
 
 
@@ -74,31 +75,49 @@ def draw_route(route: Route, routes: int, t_max: float, sigma_data: float, sourc
 
 
 class TextConditions:
-    """Prompts -> Condition, and the unconditional branch that goes with it."""
+    """Prompts -> Condition, and the unconditional branch's `null_prompt` (one prompt) with the rule for its mask."""
 
     def __init__(self, encoder: TextEncoder, null_mask: str) -> None:
         self.encoder = encoder
         self.null_mask = null_mask
         embeds, mask = encode_null(encoder)
-        self._null = Condition({"embeds": embeds, "mask": mask})
+        self.null_prompt = Condition({"embeds": embeds, "mask": mask})
 
     def __call__(self, prompts: list[str]) -> Condition:
         embeds, mask = self.encoder.encode(prompts)
         return Condition({"embeds": embeds, "mask": mask})
 
-    def null(self, condition: Condition) -> Condition:
-        """The null prompt for each of P prompts: its embedding, under the prompt's mask or its own (`null_mask`)."""
-        null = self._null.expand(len(condition))
-        if self.null_mask == "own":
-            return null
-        return Condition({**null.tensors, "mask": condition.tensors["mask"]})
 
+class GuidedTeacher:
+    """The frozen teacher's guided velocity: classifier-free guidance, or its own guidance embedding where it was
+    distilled with one. Keys and values of the null prompt are projected here, once a run."""
 
-def teacher_velocity(teacher: SanaTrigFlow, condition: Condition, null: Condition, guidance: Tensor) -> Velocity:
-    """The guided teacher: classifier-free guidance, or its own guidance embedding where it was distilled with one."""
-    if teacher.guidance_scale is not None:
-        return embedded(teacher, condition, guidance)
-    return guided(teacher, condition, null, guidance)
+    def __init__(
+        self, net: SanaTrigFlow, text: TextConditions, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self.net, self.null_mask, self.autocast = net, text.null_mask, autocast
+        self._null = self.prepare(text.null_prompt) if net.guidance_scale is None else None
+
+    def prepare(self, condition: Condition) -> Condition:
+        """Keys and values of P prompts, to be used at any number of points."""
+        with self.autocast():
+            return self.net.prepare(condition)
+
+    def velocity(self, prepared: Condition, guidance: Tensor) -> Velocity:
+        """Of prepared prompts, `guidance` [P]. The null prompt has each prompt's mask or its own (`null_mask`)."""
+        if self._null is None:
+            return self._in_precision(embedded(self.net, prepared, guidance))
+        null = self._null.expand(len(prepared))
+        if self.null_mask == "conditional":
+            null = Condition({**null.tensors, "mask": prepared.tensors["mask"]})
+        return self._in_precision(guided(self.net, prepared, null, guidance))
+
+    def _in_precision(self, velocity: Velocity) -> Velocity:
+        def answer(u: Tensor, t: Tensor) -> Tensor:
+            with self.autocast():
+                return velocity(u, t)
+
+        return answer
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,7 @@ class TeacherRollouts:
 
     def __init__(
         self,
-        teacher: SanaTrigFlow,
+        teacher: GuidedTeacher,
         text: TextConditions,
         prompts: Sequence[str],
         black: Tensor,
@@ -125,13 +144,14 @@ class TeacherRollouts:
         seed: int,
         prompts_per_step: int,
         prompts_per_rollout: int | None = None,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        cuda_graph: bool = False,
     ) -> None:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
         self.method, self.t_max, self.seed = method, t_max, seed
-        self.prompts_per_step, self.autocast = prompts_per_step, autocast
+        self.prompts_per_step = prompts_per_step
         share = local_slice(prompts_per_step)
         self.share = share
+        self._follow = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else self._trajectory
         self.chunk = min(prompts_per_rollout or len(range(share.start, share.stop)), share.stop - share.start)
 
     @property
@@ -151,8 +171,17 @@ class TeacherRollouts:
     @torch.no_grad()
     def _batch(self, prompts: list[str], draws: Draws) -> Batch:
         sigma_data, condition = self.method.sigma_data, self.text(prompts)
-        velocity = teacher_velocity(self.teacher, condition, self.text.null(condition), draws.guidance)
-        with self.autocast():
-            trajectory = rollout(velocity, draws.noise * sigma_data, draws.route, draws.guidance, sigma_data)
+        route = draws.route.expand(len(prompts), -1)
+        start = {"start": draws.noise * sigma_data, "route": route, "guidance": draws.guidance}
+        x, dxdt, x0 = self._follow({**start, **self.teacher.prepare(condition).tensors})
+        trajectory = Trajectory(x, dxdt, route, x0, draws.guidance)
         keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
         return Batch(trajectory, condition, keep)
+
+    def _trajectory(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """x, dx/dt and x_0, a function of tensors alone so that it can be captured in a CUDA graph."""
+        start, route, guidance = (tensors[name] for name in ("start", "route", "guidance"))
+        prepared = Condition({name: tensors[name] for name in tensors if name not in ("start", "route", "guidance")})
+        velocity = self.teacher.velocity(prepared, guidance)
+        trajectory = rollout(velocity, start, route, guidance, self.method.sigma_data)
+        return trajectory.x, trajectory.dxdt, trajectory.x0

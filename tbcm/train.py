@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -81,11 +82,14 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         if distributed.is_main():
             with atomic_path(Path(config.out) / "config.yaml") as part:
                 part.write_text(config.to_yaml(), encoding="utf-8")
-        return 130 if trainer.run() else 0
+        stopped = trainer.run()
+        if trainer.step < config.train.steps:
+            logging.getLogger(__name__).info("the same command with --resume continues")
+        return 130 if stopped else 0
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({error}): lower train.prompts_per_rollout or train.points_per_micro_batch, or set"
-            " student.gradient_checkpointing=true (the result is the same)"
+            " student.checkpointing=full (the result is the same)"
         ) from None
     finally:
         lock.release()

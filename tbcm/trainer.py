@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, autocast, dtype_of, teacher_autocast
+from tbcm.build import Parts, autocast, dtype_of, switch, teacher_autocast
 from tbcm.config import Config
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import first_training_point, tbcm_loss
 from tbcm.method.types import Trajectory
 from tbcm.preview import Previewer
-from tbcm.rollouts import Batch, TeacherRollouts
+from tbcm.rollouts import Batch, GuidedTeacher, TeacherRollouts
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
@@ -39,7 +39,7 @@ class Trainer:
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
         self.rollouts = TeacherRollouts(
-            parts.teacher,
+            GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device)),
             parts.text,
             parts.prompts,
             parts.black,
@@ -48,7 +48,7 @@ class Trainer:
             seed=config.train.seed,
             prompts_per_step=config.train.prompts_per_step,
             prompts_per_rollout=config.train.prompts_per_rollout,
-            autocast=lambda: teacher_autocast(config, device),
+            cuda_graph=switch(config.teacher.cuda_graph, device),
         )
         self.wrapped = self._distribute(self.student)
         self.dtype = dtype_of(config.student.precision, device)
@@ -185,7 +185,7 @@ class Trainer:
                 self.save()
         if self.step < steps:
             why = "asked to stop" if stop.stop_requested else "out of time"
-            logger.info("%s after step %d of %d; the same command with --resume continues", why, self.step, steps)
+            logger.info("%s after step %d of %d; what was reached is saved", why, self.step, steps)
         return stop.stop_requested
 
     def _out_of_time(self, started: float) -> bool:

@@ -118,7 +118,8 @@ def test_two_pass_and_checkpointed_steps_have_the_gradient_of_one_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = gradients(make(tmp_path), monkeypatch)
-    for student in ({"tangent": "two_pass"}, {"gradient_checkpointing": True}):
+    ways = {"tangent": "two_pass"}, {"checkpointing": "full"}, {"checkpointing": "selective"}, {"derivative": "jvp"}
+    for student in ways:
         other = gradients(make(tmp_path, student=student), monkeypatch)
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)

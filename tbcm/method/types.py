@@ -30,6 +30,10 @@ class Condition:
         """A single prompt's condition, repeated (without copying) for P prompts."""
         return Condition({k: v.expand(prompts, *v.shape[1:]) for k, v in self.tensors.items()})
 
+    def repeat(self, times: int) -> Condition:
+        """Every prompt `times` times, as a prompt of its own, prompt-major."""
+        return Condition({k: v.repeat_interleave(times, 0) for k, v in self.tensors.items()})
+
     @staticmethod
     def cat(*conditions: Condition) -> Condition:
         return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
-from tbcm.models.sana import SanaTrigFlow, TangentMode
+from tbcm.models.sana import SanaTrigFlow
 
 FLOW_STEPS = 1000
 """diffusers' schedulers count flow-matching time from 0 to 1,000."""
@@ -114,22 +114,17 @@ def freeze(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def load_teacher(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) -> SanaTrigFlow:
-    """The frozen teacher, with weights in `dtype`."""
+def load_teacher(pipeline: Pipeline, dtype: torch.dtype, device: torch.device, **options: Any) -> SanaTrigFlow:
+    """The frozen teacher, with weights in `dtype`; `options` go to SanaTrigFlow."""
     backbone = pipeline.load_transformer(dtype).to(device)
-    net = SanaTrigFlow(backbone, timestep_scale=pipeline.timestep_scale, differentiable=False)
+    net = SanaTrigFlow(backbone, timestep_scale=pipeline.timestep_scale, differentiable=False, **options)
     freeze(net)
     return net
 
 
-def student_from_teacher(
-    teacher: SanaTrigFlow,
-    *,
-    tangent: TangentMode = "one_pass",
-    gradient_checkpointing: bool = False,
-    compiled: bool = False,
-) -> SanaTrigFlow:
-    """A trainable fp32 student that starts equal to the conditional teacher, on the teacher's device.
+def student_from_teacher(teacher: SanaTrigFlow, **options: Any) -> SanaTrigFlow:
+    """A trainable fp32 student that starts equal to the conditional teacher, on the teacher's device; `options` go to
+    SanaTrigFlow.
 
     Where the teacher embeds no guidance the student gets an embedding whose last layer is zero, and the time
     embedding's keys are renamed to where diffusers keeps them beside one.
@@ -149,14 +144,7 @@ def student_from_teacher(
         last = backbone.time_embed.guidance_embedder.linear_2
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-    return SanaTrigFlow(
-        backbone.train(),
-        timestep_scale=teacher.timestep_scale,
-        logvar=True,
-        tangent=tangent,
-        gradient_checkpointing=gradient_checkpointing,
-        compiled=compiled,
-    )
+    return SanaTrigFlow(backbone.train(), timestep_scale=teacher.timestep_scale, logvar=True, **options)
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """A TrigFlow network over diffusers' SanaTransformer2DModel: teacher, student and EMA student.
 
 The backbone keeps diffusers' parameter names, so its weights load and save with plain diffusers. Its forward pass is
-written out here in parts (embed, blocks, head) because each part is differentiated, compiled or checkpointed on its
-own: a tangent through the whole model at once holds three times the memory, and torch.func.jvp over a checkpointed
-module fails in backward.
+written out here in parts (embed, blocks, head), on dual numbers (see `tbcm.models.dual`); each block is compiled or
+checkpointed on its own.
 """
 
 from __future__ import annotations
@@ -13,95 +12,45 @@ from typing import Literal
 
 import torch
 from diffusers import SanaTransformer2DModel
-from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
-from tbcm.models.tangent import Dual, push, push_checkpointed
+from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
+from tbcm.models.dual import Dual, add, dual, modulate, tangent_rule
+from tbcm.models.fold import fold_options
+from tbcm.models.sana_block import KeysValues, SanaBlock
+from tbcm.models.tangent import push
 
 TangentMode = Literal["one_pass", "two_pass"]
+Derivative = Literal["dual", "jvp"]
+Checkpointing = Literal["none", "selective", "full"]
+Text = list[Tensor | KeysValues]
+"""For each block, the text's states or the block's keys and values of it."""
 
 
-class LinearAttention(SanaLinearAttnProcessor2_0):
-    """Sana's ReLU linear attention with its sums and quotient in fp32, whatever autocast says.
-
-    diffusers converts q, k and v to fp32, but under autocast the products go back to half precision: in fp16 the guard
-    of the denominator, 1e-15, is then 0, and a query whose ReLU is all zero becomes NaN.
-    """
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            # [B, T, D] -> [B, heads, T, D / heads]
-            query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2).float() for x in (query, key, value))
-            query, key = functional.relu(query), functional.relu(key)
-            state = key.transpose(-1, -2) @ functional.pad(value, (0, 1), value=1.0)
-            out = query @ state
-            out = out[..., :-1] / (out[..., -1:] + 1e-15)
-        out = out.transpose(1, 2).flatten(-2).to(hidden_states.dtype)
-        out = attn.to_out[1](attn.to_out[0](out))
-        return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
-
-
-class PromptCrossAttention:
-    """Cross-attention of prompt-major samples to their prompt: queries [P n, T, D], text [P, L, D].
-
-    The n samples of a prompt attend together, as one sequence of n T queries, so keys and values are projected once a
-    prompt. PyTorch's fused attention kernels have no forward-mode derivative: a network that is differentiated
-    (`explicit`) spells the softmax out, others take scaled_dot_product_attention.
-    """
-
-    def __init__(self, explicit: bool) -> None:
-        self.explicit = explicit
-
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        prompts = encoder_hidden_states.shape[0]
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        value = attn.to_v(encoder_hidden_states)
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        query, key, value = (
-            x.reshape(prompts, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (query, key, value)
-        )
-        bias = attention_mask[:, None]  # [P, 1, 1, L], the same for every head and query
-        if self.explicit:
-            scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-            out = (scores + bias).softmax(-1).to(value.dtype) @ value
-        else:
-            out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-        out = out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
-        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
-
-
-def _run_block(block: nn.Module, h: Dual, temb: Dual, text: Tensor, bias: Tensor, size: tuple[int, int]) -> Dual:
-    return push(lambda h, temb: block(h, None, text, bias, temb, *size), h, temb)[0]
+@tangent_rule(PatchEmbed)
+def _patch_embed(layer: PatchEmbed, x: Tensor, dx: Tensor) -> Tensor:
+    return layer.proj._conv_forward(dx, layer.proj.weight, None).flatten(2).transpose(1, 2)
 
 
 class SanaTrigFlow(nn.Module):
     """F(u, t | prompt, guidance) of a Sana backbone trained by flow matching (see `tbcm.method.types.Network`).
 
-    `timestep_scale`: the backbone is given s * timestep_scale, s in [0, 1] the flow-matching time.
-    `logvar`: adds the learned log-variance head of the adaptive weighting, on the time (and guidance) embedding.
-    `tangent`: one_pass computes F and its derivative together; two_pass runs the network twice, first for the
-    derivative without a graph, then for F with one. `differentiable` False: a frozen network that is never asked for a
-    derivative. `gradient_checkpointing`: keep block inputs only, recompute blocks (not their tangents) in backward.
-    `compiled`: torch.compile per block (two graphs, whatever the depth), not together with checkpointing.
+    Takes the backbone over: its blocks become `SanaBlock`s, under the same parameter names.
+
+    Args:
+        timestep_scale: the backbone is given s * timestep_scale, s in [0, 1] the flow-matching time.
+        logvar: adds the learned log-variance head of the adaptive weighting, on the time (and guidance) embedding.
+        differentiable: False for a frozen network that is never asked for a derivative.
+        tangent: one_pass computes F and its derivative together; two_pass runs the network twice, first for the
+            derivative without a graph, then for F with one.
+        derivative: dual computes it by hand-written rules; jvp by torch.func.jvp, the general and slower way.
+        checkpointing: what of a block is recomputed in backward, never its tangent: none; selective, all but matrix
+            products (dual only); full, the whole block.
+        compiled: torch.compile per block: a graph per kind of call, whatever the depth.
+        text_once: a prompt's keys and values are projected once for all its samples; False: for each of them.
     """
 
     def __init__(
@@ -112,26 +61,28 @@ class SanaTrigFlow(nn.Module):
         logvar: bool = False,
         differentiable: bool = True,
         tangent: TangentMode = "one_pass",
-        gradient_checkpointing: bool = False,
+        derivative: Derivative = "dual",
+        checkpointing: Checkpointing = "none",
         compiled: bool = False,
+        text_once: bool = True,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.timestep_scale = timestep_scale
-        self.tangent = tangent
-        self.gradient_checkpointing = gradient_checkpointing
+        self.tangent, self.derivative, self.checkpointing = tangent, derivative, checkpointing
+        self.compiled, self.text_once = compiled, text_once
         self.guidance_scale = float(backbone.config.guidance_embeds_scale) if backbone.config.guidance_embeds else None
-        processor = PromptCrossAttention(explicit=differentiable)
-        for block in backbone.transformer_blocks:
-            block.attn1.set_processor(LinearAttention())
-            block.attn2.set_processor(processor)
+        backbone.transformer_blocks = nn.ModuleList(
+            SanaBlock(block, explicit=differentiable) for block in backbone.transformer_blocks
+        )
         self.logvar_head = nn.Linear(backbone.scale_shift_table.shape[1], 1) if logvar else None
         if self.logvar_head is not None:
             nn.init.zeros_(self.logvar_head.weight)
             nn.init.zeros_(self.logvar_head.bias)
-        self._block: Callable[..., Dual] = (
-            torch.compile(_run_block, fullgraph=True, dynamic=False) if compiled else _run_block
-        )
+        self._block: Callable[..., Dual] = _run_block_by_jvp if derivative == "jvp" else _run_block
+        if compiled:
+            options = fold_options() if derivative == "jvp" else None
+            self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)
 
     def forward(
         self,
@@ -144,6 +95,8 @@ class SanaTrigFlow(nn.Module):
         """See `tbcm.method.types.Network`. Raises ValueError where the batch is no multiple of the prompts."""
         if u.shape[0] % len(condition):
             raise ValueError(f"{u.shape[0]} samples cannot be shared out evenly over {len(condition)} prompts")
+        if not self.text_once:
+            condition = condition.repeat(u.shape[0] // len(condition))
         if tangents is None:
             return self._predict((u, None), (t, None), condition, guidance)
         if self.tangent == "one_pass":
@@ -153,56 +106,118 @@ class SanaTrigFlow(nn.Module):
         primal = self._predict((u, None), (t, None), condition, guidance)
         return Prediction(primal.F, dF, primal.logvar)
 
+    @torch.no_grad()
+    def prepare(self, condition: Condition) -> Condition:
+        """Keys and values of all layers for P prompts, [P, layers, L, D] each, and the mask: for a frozen network that
+        is called many times with the same prompts. Without `text_once` the condition as it is."""
+        if not self.text_once:
+            return condition
+        text = self._text_states(condition)
+        pairs = [block.keys_values(text) for block in self.backbone.transformer_blocks]
+        keys, values = (torch.stack(parts, dim=1) for parts in zip(*pairs, strict=True))
+        return Condition({"keys": keys, "values": values, "mask": condition.tensors["mask"]})
+
     def _predict(self, u: Dual, t: Dual, condition: Condition, guidance: Tensor | None) -> Prediction:
         size = tuple(n // self.backbone.config.patch_size for n in u[0].shape[-2:])
-        text, bias = self._text(condition)
-        h, temb, emb = push(lambda u, t: self._embed(u, t, guidance), u, t)
-        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.backbone.transformer_blocks:
-            if checkpointing:
-                h = self._checkpointed(block, h, temb, text, bias, size)
-            else:
-                h = self._block(block, h, temb, text, bias, size)
-        ((F, dF),) = push(lambda h, emb, u, t: self._head(h, emb, u, t), h, emb, u, t)
+        mask = condition.tensors["mask"].to(self.backbone.dtype)
+        bias = ((1 - mask) * -10000.0)[:, None]  # as in diffusers: [P, 1, L]
+        h, temb, emb = self._differentiated(lambda u, t: self._embed(u, t, guidance), u, t)
+        for block, text in zip(self.backbone.transformer_blocks, self._text(condition), strict=True):
+            h = self._run(block, h, temb, text, bias, size)
+        ((F, dF),) = self._differentiated(self._head, h, emb, u, t)
         logvar = None
         if self.logvar_head is not None:
             with torch.autocast(u[0].device.type, enabled=False):
                 logvar = self.logvar_head(emb[0].to(self.logvar_head.weight.dtype)).squeeze(-1)
         return Prediction(F, dF, logvar)
 
-    def _checkpointed(
-        self, block: nn.Module, h: Dual, temb: Dual, text: Tensor, bias: Tensor, size: tuple[int, int]
+    def _differentiated(self, part: Callable[..., tuple[Dual, ...]], *inputs: Dual) -> tuple[Dual, ...]:
+        if self.derivative == "dual":
+            return part(*inputs)
+        return push(lambda *values: tuple(y for y, _ in part(*((value, None) for value in values))), *inputs)
+
+    def _run(
+        self, block: nn.Module, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, ...]
     ) -> Dual:
-        def run(h: Tensor, temb: Tensor, text: Tensor) -> Tensor:
-            return block(h, None, text, bias, temb, *size)
+        # A compiler's own choice of what to keep is selective.
+        keep_all = self.checkpointing == "none" or (self.checkpointing == "selective" and self.compiled)
+        if keep_all or not torch.is_grad_enabled():
+            return self._block(block, h, temb, text, bias, size)
 
-        return push_checkpointed(run, h, temb, text, [p for p in block.parameters() if p.requires_grad])
+        def run(h: Tensor, dh: Tensor | None, temb: Tensor, dtemb: Tensor | None, text: Tensor) -> Dual:
+            return self._block(block, (h, dh), (temb, dtemb), text, bias, size)
 
-    def _text(self, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Projected text [P, L, D] and the additive mask [P, 1, L], as diffusers makes them."""
-        net, dtype = self.backbone, self.backbone.dtype
-        embeds, mask = condition.tensors["embeds"].to(dtype), condition.tensors["mask"]
-        return net.caption_norm(net.caption_projection(embeds)), ((1 - mask.to(dtype)) * -10000.0)[:, None]
+        if self.checkpointing == "selective":
+            return selective_checkpoint(run, h, temb, text)
+        return full_checkpoint(run, h, temb, text, [p for p in block.parameters() if p.requires_grad])
 
-    def _embed(self, u: Tensor, t: Tensor, guidance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _text(self, condition: Condition) -> Text:
+        blocks = len(self.backbone.transformer_blocks)
+        if "keys" not in condition.tensors:
+            return [self._text_states(condition)] * blocks
+        keys, values = condition.tensors["keys"], condition.tensors["values"]
+        return [(keys[:, i], values[:, i]) for i in range(blocks)]
+
+    def _text_states(self, condition: Condition) -> Tensor:
+        """Projected text [P, L, D]."""
+        net = self.backbone
+        return net.caption_norm(net.caption_projection(condition.tensors["embeds"].to(net.dtype)))
+
+    def _embed(self, u: Dual, t: Dual, guidance: Tensor | None) -> tuple[Dual, Dual, Dual]:
         """Tokens [B, T, D], block modulation [B, 6 D] and time (+ guidance) embedding [B, D]."""
-        net, s = self.backbone, flow_time(t)
+        net = self.backbone
+        # Elementwise, in fp32, and small: torch.func.jvp wastes nothing on them.
+        x, time = push(lambda u, t: (flow_input(u, flow_time(t)), flow_time(t) * self.timestep_scale), u, t)
+        h = dual(net.patch_embed, _to(x, net.dtype))
         # Contiguous, as blocks return it: with other strides the first block would have a compiled graph of its own.
-        h = net.patch_embed(flow_input(u, s).to(net.dtype)).contiguous()
-        options: dict[str, object] = {"hidden_dtype": h.dtype}
-        if self.guidance_scale is not None:
-            if guidance is None:
-                raise ValueError("this network embeds its guidance scale: pass `guidance` [B]")
-            options["guidance"] = guidance * self.guidance_scale
-        temb, emb = net.time_embed(s * self.timestep_scale, **options)
-        return h, temb, emb
+        h = h[0].contiguous(), None if h[1] is None else h[1].contiguous()
+        emb = self._time_embedding(time, h[0].dtype, guidance)
+        return h, dual(net.time_embed.linear, dual(net.time_embed.silu, emb)), emb
 
-    def _head(self, h: Tensor, emb: Tensor, u: Tensor, t: Tensor) -> Tensor:
+    def _time_embedding(self, time: Dual, dtype: torch.dtype, guidance: Tensor | None) -> Dual:
+        """[B, D] of the network's time [B] and, where it embeds one, of guidance [B]."""
+        embed = self.backbone.time_embed
+        owner = embed if self.guidance_scale is not None else embed.emb  # diffusers nests the one without guidance
+        ((waves, dwaves),) = push(owner.time_proj, time)
+        waves_in = _to((waves, dwaves), dtype)
+        layers = owner.timestep_embedder
+        emb = dual(layers.linear_2, dual(layers.act, dual(layers.linear_1, waves_in)))
+        if self.guidance_scale is None:
+            return emb
+        if guidance is None:
+            raise ValueError("this network embeds its guidance scale: pass `guidance` [B]")
+        waves = embed.guidance_condition_proj(guidance * self.guidance_scale)
+        return emb[0] + embed.guidance_embedder(waves.to(dtype)), emb[1]
+
+    def _head(self, h: Dual, emb: Dual, u: Dual, t: Dual) -> tuple[Dual]:
         """Tokens -> velocity [B, C, H, W] -> F, in the dtype of u."""
         net, p = self.backbone, self.backbone.config.patch_size
-        h = net.proj_out(net.norm_out(h, emb, net.scale_shift_table))
-        height, width = u.shape[-2] // p, u.shape[-1] // p
-        v = h.unflatten(1, (height, width)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)
-        v = v.reshape(u.shape[0], -1, *u.shape[-2:]).to(u.dtype)
-        s = flow_time(t)
-        return flow_output(flow_input(u, s), v, s)
+        table = net.scale_shift_table
+        shift, scale = (((table[i] + emb[0])[:, None], None if emb[1] is None else emb[1][:, None]) for i in (0, 1))
+        h = dual(net.proj_out, modulate(dual(net.norm_out.norm, h), shift, scale))
+        height, width = u[0].shape[-2] // p, u[0].shape[-1] // p
+
+        def output(h: Tensor, u: Tensor, t: Tensor) -> Tensor:
+            v = h.unflatten(1, (height, width)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)
+            v = v.reshape(u.shape[0], -1, *u.shape[-2:]).to(u.dtype)
+            s = flow_time(t)
+            return flow_output(flow_input(u, s), v, s)
+
+        (F,) = push(output, h, u, t)
+        return (F,)
+
+
+def _run_block(
+    block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
+) -> Dual:
+    return block(*h, *temb, text, bias, size)
+
+
+def _run_block_by_jvp(
+    block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
+) -> Dual:
+    return push(lambda h, temb: block(h, None, temb, None, text, bias, size)[0], h, temb)[0]
+
+
+def _to(x: Dual, dtype: torch.dtype) -> Dual:
+    return x[0].to(dtype), None if x[1] is None else x[1].to(dtype)

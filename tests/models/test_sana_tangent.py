@@ -19,11 +19,21 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+WAYS = [
+    {"tangent": tangent, "derivative": derivative, "checkpointing": checkpointing}
+    for tangent in ("one_pass", "two_pass")
+    for derivative in ("dual", "jvp")
+    for checkpointing in ("none", "selective", "full")
+    if (tangent, derivative, checkpointing) != ("one_pass", "jvp", "selective")
+]
+every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()))
+
+
 @pytest.mark.usefixtures("double_throughout")
 @every_backbone
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-def test_the_derivative_is_that_of_finite_differences(kind: str, mode: str) -> None:
-    net = SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1.0, tangent=mode)
+@pytest.mark.parametrize("derivative", ["dual", "jvp"])
+def test_the_derivative_is_that_of_finite_differences(kind: str, derivative: str) -> None:
+    net = SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1.0, derivative=derivative)
     batch, h = Batch(torch.float64), 1e-5
 
     @torch.no_grad()
@@ -38,50 +48,48 @@ def test_the_derivative_is_that_of_finite_differences(kind: str, mode: str) -> N
 
 @pytest.mark.usefixtures("double_throughout")
 @every_backbone
-def test_one_pass_equals_two_passes(kind: str) -> None:
-    nets = [
-        SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1000.0, logvar=True, tangent=mode).double()
-        for mode in ("one_pass", "two_pass")
-    ]
-    batch = Batch(torch.float64)
-    one, two = (batch.predict(net) for net in nets)
-    torch.testing.assert_close((one.F, one.dF, one.logvar), (two.F, two.dF, two.logvar), rtol=1e-11, atol=1e-11)
-    one, two = (batch.gradients(net) for net in nets)
-    assert one.keys() == two.keys() == dict(nets[0].named_parameters()).keys()
-    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
-    assert all(gradient.any() for gradient in one.values())
+def test_every_way_gives_the_same_answers_and_gradients(kind: str) -> None:
+    """Hand-written or by torch.func.jvp, in one pass or two, checkpointed or not, text shared or repeated."""
+    batch, results = Batch(torch.float64), []
+    for way in ({}, *WAYS, {"text_once": False}):
+        net = SanaTrigFlow(backbone_of(kind).double(), timestep_scale=1000.0, logvar=True, **way).double()
+        answer, gradients = batch.predict(net), batch.gradients(net)
+        assert gradients.keys() == dict(net.named_parameters()).keys()
+        assert all(gradient.any() for gradient in gradients.values())
+        results.append({"F": answer.F, "dF": answer.dF, "logvar": answer.logvar, **gradients})
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_derivative_carries_no_graph(mode: str, checkpointing: bool) -> None:
-    net = SanaTrigFlow(
-        backbone_of("guidance"), timestep_scale=1.0, logvar=True, tangent=mode, gradient_checkpointing=checkpointing
-    )
+@every_way
+def test_the_derivative_carries_no_graph(way: dict[str, str]) -> None:
+    net = SanaTrigFlow(backbone_of("guidance"), timestep_scale=1.0, logvar=True, **way)
     answer = Batch().predict(net)
     assert answer.F.requires_grad
     assert answer.logvar.requires_grad
     assert not answer.dF.requires_grad
 
 
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
 @pytest.mark.parametrize("tangents", [True, False])
-def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(tangents: bool) -> None:
+def test_checkpointing_recomputes_blocks_and_changes_no_gradient(checkpointing: str, tangents: bool) -> None:
     backbone, batch, runs = backbone_of("guidance"), Batch(), {}
-    for checkpointing in (False, True):
-        net = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, gradient_checkpointing=checkpointing)
+    for mode in ("none", checkpointing):
+        net = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, checkpointing=mode)
         calls: list[None] = []
         net.backbone.transformer_blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
-        runs[checkpointing] = batch.gradients(net, tangents), len(calls)
-    torch.testing.assert_close(runs[True][0], runs[False][0], rtol=1e-5, atol=1e-5)
-    assert (runs[False][1], runs[True][1]) == (1, 2)
+        runs[mode] = batch.gradients(net, tangents), len(calls)
+    torch.testing.assert_close(runs[checkpointing][0], runs["none"][0], rtol=1e-5, atol=1e-5)
+    assert (runs["none"][1], runs[checkpointing][1]) == (1, 2)
 
 
 @needs_compiler
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_predictions_and_gradients_are_the_eager_ones() -> None:
+@pytest.mark.parametrize("way", [{}, {"derivative": "jvp"}, {"checkpointing": "full"}], ids=str)
+def test_compiled_predictions_and_gradients_are_the_eager_ones(way: dict[str, str]) -> None:
     backbone, batch = backbone_of("guidance", num_layers=1), Batch()
     eager = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0)
-    compiled = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, compiled=True)
+    compiled = SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0, compiled=True, **way)
     expected, got = batch.predict(eager), batch.predict(compiled)
     torch.testing.assert_close((got.F, got.dF), (expected.F, expected.dF), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.gradients(compiled), batch.gradients(eager), rtol=1e-4, atol=1e-4)
@@ -105,13 +113,11 @@ def test_blocks_share_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     assert counts == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_mixed_precision_derivatives(mode: str, checkpointing: bool) -> None:
+@every_way
+def test_mixed_precision_derivatives(way: dict[str, str]) -> None:
     backbone, batch = backbone_of("guidance"), Batch()
     exact = batch.predict(SanaTrigFlow(deepcopy(backbone), timestep_scale=1.0))
-    options = {"tangent": mode, "gradient_checkpointing": checkpointing}
-    net = SanaTrigFlow(backbone, timestep_scale=1.0, logvar=True, **options)
+    net = SanaTrigFlow(backbone, timestep_scale=1.0, logvar=True, **way)
     with torch.autocast("cpu", torch.bfloat16):
         answer = batch.predict(net)
     answer.F.sum().backward()
