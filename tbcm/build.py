@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.config import Config, Precision, Switch
+from tbcm.data.images import CaptionedImages, open_images
 from tbcm.data.prompts import load_prompts
+from tbcm.encoded import EncodedImages
 from tbcm.errors import UserError
+from tbcm.method.types import Condition
+from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma
-from tbcm.rollouts import TextConditions
+from tbcm.overlap import Overlapped
+from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, TextConditions
 from tbcm.runtime import distributed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer works on. `black` [C, h, w] is the scaled latent of a black image; its shape is the latents'."""
+    """What a trainer works on. `black` [C, h, w] is the scaled latent of a black image; its shape is the latents'.
+    `images` and the `vae` that encodes them are sCM's."""
 
     teacher: SanaTrigFlow
     student: SanaTrigFlow
     text: TextConditions
     prompts: Sequence[str]
     black: Tensor
+    images: CaptionedImages | None = None
+    vae: AutoencoderDC | None = None
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,10 +65,16 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def teacher_weights(config: Config, device: torch.device) -> torch.dtype:
+    """How the teacher's weights are kept."""
+    half = config.teacher.half_weights
+    return weights_dtype(dtype_of(config.teacher.precision, device)) if half else torch.float32
+
+
 def teacher_autocast(config: Config, device: torch.device) -> torch.autocast:
-    """For a teacher whose weights are in fp32 because it computes in fp16 (see `weights_dtype`)."""
+    """Casts weights that are kept in more precision than they compute in."""
     dtype = dtype_of(config.teacher.precision, device)
-    return autocast(dtype if dtype == torch.float16 else torch.float32, device)
+    return autocast(dtype if teacher_weights(config, device) != dtype else torch.float32, device)
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,12 +89,65 @@ def pipeline_of(config: Config) -> Pipeline:
 
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
-    prompts = build_prompts(config)
+    prompts, images, vae = build_prompts(config), None, None
+    if config.method.name == "scm" and config.data.images is not None:
+        images = open_images(config.data.images, config.teacher.image_size, config.data.caption_column)
+        vae = pipeline_of(config).load_vae(weights_dtype(dtype_of(config.teacher.precision, device))).to(device)
     teacher = build_teacher(config, device, torch.float32)
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
-    teacher.to(weights_dtype(dtype_of(config.teacher.precision, device)))
+    teacher.to(teacher_weights(config, device))
     black = build_black_latent(config, device)
-    return Parts(teacher, student, build_text(config, device), prompts, black)
+    text = build_text(config, device)
+    if config.teacher.fp8:
+        quantise(teacher, text.null_prompt, black.shape)
+    return Parts(teacher, student, text, prompts, black, images, vae)
+
+
+@torch.no_grad()
+def quantise(teacher: SanaTrigFlow, prompt: Condition, shape: Sequence[int]) -> None:
+    """The teacher in fp8, in place; logs its error on noise, where guidance matters most."""
+    device = next(teacher.parameters()).device
+    u = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    t, w = torch.full((1,), 1.5, device=device), torch.full((1,), 4.5, device=device)
+    exact = teacher(u, t, prompt, w).F
+    layers = to_fp8(teacher)
+    error = relative_error(exact, teacher(u, t, prompt, w).F)
+    logger.info("teacher in fp8: %d layers, relative error of its velocity %.2g", len(layers), error)
+
+
+def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
+    """Where the samples of a step come from."""
+    method, train = config.method, config.train
+    teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device))
+    source: Source
+    if method.name == "scm":
+        assert parts.images is not None and parts.vae is not None
+        source = EncodedImages(
+            teacher,
+            parts.vae,
+            parts.text,
+            parts.images,
+            latent_shape=parts.black.shape,
+            method=method,
+            t_max=config.teacher.t_max,
+            seed=train.seed,
+            prompts_per_step=train.prompts_per_step,
+            prompts_per_rollout=train.prompts_per_rollout,
+        )
+    else:
+        source = TeacherRollouts(
+            teacher,
+            parts.text,
+            parts.prompts,
+            parts.black,
+            method=method,
+            t_max=config.teacher.t_max,
+            seed=train.seed,
+            prompts_per_step=train.prompts_per_step,
+            prompts_per_rollout=train.prompts_per_rollout,
+            cuda_graph=switch(config.teacher.cuda_graph, device),
+        )
+    return Overlapped(source, device) if train.overlap_rollout else source
 
 
 def build_prompts(config: Config) -> Sequence[str]:
@@ -103,7 +174,7 @@ def build_text(config: Config, device: torch.device) -> TextConditions:
 
 def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> SanaTrigFlow:
     """The frozen teacher, with weights in `dtype` (default: as configured)."""
-    dtype = dtype or weights_dtype(dtype_of(config.teacher.precision, device))
+    dtype = dtype or teacher_weights(config, device)
     compiled = switch(config.teacher.compile, device)
     return load_teacher(pipeline_of(config), dtype, device, compiled=compiled, text_once=config.text.once)
 

@@ -45,6 +45,13 @@ class Teacher(Section):
     cuda_graph: Switch = Field(
         "auto", description="a rollout is captured and replayed as one CUDA graph; auto: on CUDA"
     )
+    half_weights: bool = Field(
+        True, description="bf16 computation with bf16 weights; false: with fp32 weights, cast at every call (autocast)"
+    )
+    fp8: bool = Field(
+        False,
+        description="large linear layers in fp8 (e4m3; GPUs from Ada on); its error is logged at start",
+    )
     t_max: Annotated[float, Field(gt=0, le=1.5707964)] = Field(
         1.5707963267948966, description="where generation starts"
     )
@@ -68,6 +75,10 @@ class Text(Section):
 class Data(Section):
     prompts: str = Field(description="'emoji' (shipped) or a .txt, .jsonl, .csv or .parquet file")
     column: str = Field("prompt", description="the column of the prompts (.jsonl, .csv, .parquet)")
+    images: str | None = Field(
+        None, description="for method.name=scm: 'emoji' (shipped), or a folder of images and their metadata.jsonl"
+    )
+    caption_column: str = Field("text", description="the column of the captions in that file")
 
 
 class Route(Section):
@@ -88,6 +99,11 @@ class R(Section):
 
 
 class Method(Section):
+    name: Literal["tbcm", "scm"] = Field(
+        "tbcm",
+        description="where samples come from: the teacher's own trajectories, or (scm, the baseline) noised images of"
+        " data.images at one logit-normal time each (route.p_mean, route.p_std)",
+    )
     sigma_data: PositiveFloat = 0.5
     route: Route = Route()
     guidance: Annotated[list[float], Field(min_length=1)] = Field([4.0, 4.5, 5.0], description="drawn from per prompt")
@@ -160,6 +176,9 @@ class Train(Section):
     points_per_micro_batch: PositiveInt | None = Field(
         None, description="route points a student forward takes of each prompt in the rollout; default: all"
     )
+    overlap_rollout: bool = Field(
+        False, description="on CUDA: roll out the next prompts beside the student's work on these"
+    )
     max_non_finite: PositiveInt = Field(20, description="non-finite updates in a row that stop the run")
 
 
@@ -167,6 +186,12 @@ class Log(Section):
     every: PositiveInt = 20
     preview_every: NonNegativeInt = Field(1000, description="steps between image sheets; 0: none, and no VAE is loaded")
     preview_prompts: list[str] = Field(default_factory=list, description="default: eight spread over the prompt file")
+
+
+class Profile(Section):
+    steps: list[NonNegativeInt] = Field(
+        default_factory=list, description="steps to record, for TensorBoard's profiler plugin, in `out`/profile"
+    )
 
 
 class Checkpoint(Section):
@@ -189,6 +214,13 @@ class Config(Section):
     train: Train = Train()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
+    profile: Profile = Profile()
+
+    @model_validator(mode="after")
+    def _images(self) -> Self:
+        if self.method.name == "scm" and self.data.images is None:
+            raise ValueError("method.name=scm needs data.images: 'emoji', or a folder of images with a metadata.jsonl")
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

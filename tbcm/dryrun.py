@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-from diffusers import SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.accounting import CostCounter
-from tbcm.build import Parts, build_parts, build_student, dtype_of, pipeline_of, switch
+from tbcm.build import Parts, build_parts
 from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.models.loading import FLOW_STEPS, freeze
-from tbcm.models.presets import COMPRESSION, GEMMA_2_2B, MINILM, SANA
-from tbcm.models.sana import SanaTrigFlow
-from tbcm.rollouts import TextConditions
+from tbcm.random_parts import random_parts
 from tbcm.runtime import distributed
 from tbcm.trainer import Trainer, peak_memory_gib
-
-INSTRUCTION_TOKENS = 200
-"""About what Sana's instruction adds to a prompt of Gemma tokens."""
 
 
 def dry_run(config: Config, device_name: str | None) -> None:
@@ -40,7 +32,7 @@ def dry_run(config: Config, device_name: str | None) -> None:
     parts, source = _parts_or_random(config, device) if device.type == "cuda" else (None, "random weights")
     with ExitStack() as stack:
         if device.type == "cpu":
-            config = _as_on_a_gpu(config)
+            config = as_on_a_gpu(config)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         counter = stack.enter_context(CostCounter())
         trainer = Trainer(config, device, parts or random_parts(config, device))
@@ -99,71 +91,7 @@ def _parts_or_random(config: Config, device: torch.device) -> tuple[Parts, str]:
         return random_parts(config, device), "random weights"
 
 
-def random_parts(config: Config, device: torch.device) -> Parts:
-    """The parts of a run with random weights: of `teacher.architecture`, or of the teacher's own configuration."""
-    if config.teacher.architecture is None:
-        arguments = pipeline_of(config).config("transformer", SanaTransformer2DModel)
-        scale, compression = pipeline_of(config).timestep_scale, 32
-    else:
-        arguments = SANA[config.teacher.architecture]
-        scale, compression = FLOW_STEPS * arguments["timestep_scale"], COMPRESSION[config.teacher.architecture]
-    with torch.device(device):
-        with _default_dtype(dtype_of(config.teacher.precision, device)):
-            backbone = SanaTransformer2DModel.from_config(arguments)
-        teacher = SanaTrigFlow(
-            backbone,
-            timestep_scale=scale,
-            differentiable=False,
-            compiled=switch(config.teacher.compile, device),
-            text_once=config.text.once,
-        )
-        freeze(teacher)
-        size = config.teacher.image_size // compression
-        black = torch.zeros(arguments["in_channels"], size, size)
-        encoder = RandomEncoder(config, arguments["caption_channels"], device)
-    text = TextConditions(encoder, config.teacher.null_mask)
-    prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
-    return Parts(teacher, build_student(config, teacher), text, prompts, black)
-
-
-class RandomEncoder:
-    """A text encoder of the configured kind with random weights: costs what the real one costs, says nothing."""
-
-    def __init__(self, config: Config, dim: int, device: torch.device) -> None:
-        self.dim, self.max_tokens, self.device = dim, config.text.max_tokens, device
-        with _default_dtype(dtype_of(config.text.precision, device)):
-            self.model: nn.Module = _text_model(config.text.encoder)
-        freeze(self.model)
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
-        length = self.max_tokens + (INSTRUCTION_TOKENS if instruct and self.dim == GEMMA_2_2B["hidden_size"] else 0)
-        ids = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
-        states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        mask = torch.ones(len(prompts), self.max_tokens, dtype=torch.bool, device=self.device)
-        return states[:, : self.max_tokens].float(), mask
-
-
-def _text_model(name: str) -> nn.Module:
-    from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
-
-    if name == "gemma2":
-        return Gemma2Model(Gemma2Config(**GEMMA_2_2B))
-    return BertModel(BertConfig(**MINILM))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have weights of `dtype`: a conversion afterwards would cost memory that a run never needs."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
-
-
-def _as_on_a_gpu(config: Config) -> Config:
+def as_on_a_gpu(config: Config) -> Config:
     """Where a precision is auto, what it would be on a GPU."""
 
     update = {

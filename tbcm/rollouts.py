@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from tbcm.data.prompts import batch_indices
 from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, guided, rollout
 from tbcm.method.route import logit_normal_route, random_route, reference_route
+from tbcm.method.tbcm import first_training_point
 from tbcm.method.types import Condition, Trajectory
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_slice
 from tbcm.runtime.graphs import Graphed
+from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator
 
 
@@ -129,8 +132,19 @@ class Batch:
     keep: Tensor
 
 
+class Source(Protocol):
+    """Step number -> this rank's `batches` batches. Of each prompt's points the first `first_point` are not trained on,
+    which leaves `samples_per_prompt`."""
+
+    batches: int
+    first_point: int
+    samples_per_prompt: int
+
+    def __call__(self, step: int) -> Iterator[Batch]: ...
+
+
 class TeacherRollouts:
-    """Step number -> this rank's batches, of at most `prompts_per_rollout` prompts each."""
+    """TBCM's source: the teacher's trajectories, of at most `prompts_per_rollout` prompts at once."""
 
     def __init__(
         self,
@@ -152,12 +166,10 @@ class TeacherRollouts:
         share = local_slice(prompts_per_step)
         self.share = share
         self._follow = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else self._trajectory
-        self.chunk = min(prompts_per_rollout or len(range(share.start, share.stop)), share.stop - share.start)
-
-    @property
-    def batches(self) -> int:
-        """How many batches a step has on this rank."""
-        return math.ceil((self.share.stop - self.share.start) / self.chunk)
+        self.chunk = min(prompts_per_rollout or share.stop - share.start, share.stop - share.start)
+        self.batches = math.ceil((share.stop - share.start) / self.chunk)
+        self.first_point = first_training_point(t_max)
+        self.samples_per_prompt = method.route.points - self.first_point
 
     def __call__(self, step: int) -> Iterator[Batch]:
         indices = batch_indices(len(self.prompts), self.prompts_per_step, step, self.seed)
@@ -170,10 +182,13 @@ class TeacherRollouts:
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], draws: Draws) -> Batch:
-        sigma_data, condition = self.method.sigma_data, self.text(prompts)
+        sigma_data = self.method.sigma_data
+        with phase("text"):
+            condition = self.text(prompts)
         route = draws.route.expand(len(prompts), -1)
         start = {"start": draws.noise * sigma_data, "route": route, "guidance": draws.guidance}
-        x, dxdt, x0 = self._follow({**start, **self.teacher.prepare(condition).tensors})
+        with phase("teacher"):
+            x, dxdt, x0 = self._follow({**start, **self.teacher.prepare(condition).tensors})
         trajectory = Trajectory(x, dxdt, route, x0, draws.guidance)
         keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
         return Batch(trajectory, condition, keep)

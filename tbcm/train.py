@@ -84,7 +84,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
                 part.write_text(config.to_yaml(), encoding="utf-8")
         stopped = trainer.run()
         if trainer.step < config.train.steps:
-            logging.getLogger(__name__).info("the same command with --resume continues")
+            logging.getLogger("tbcm").info("the same command with --resume continues")
         return 130 if stopped else 0
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, autocast, dtype_of, switch, teacher_autocast
+from tbcm.build import Parts, autocast, build_source, dtype_of
 from tbcm.config import Config
 from tbcm.method.consistency import RSchedule
-from tbcm.method.tbcm import first_training_point, tbcm_loss
+from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Trajectory
 from tbcm.preview import Previewer
-from tbcm.rollouts import Batch, GuidedTeacher, TeacherRollouts
+from tbcm.rollouts import Batch
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.interrupt import StopRequest
 from tbcm.runtime.log import MetricLog
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
+from tbcm.runtime.phases import phase
+from tbcm.runtime.profiling import StepProfiler
 from tbcm.statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
@@ -38,18 +40,7 @@ class Trainer:
         self.config, self.device, self.parts = config, device, parts
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
-        self.rollouts = TeacherRollouts(
-            GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device)),
-            parts.text,
-            parts.prompts,
-            parts.black,
-            method=config.method,
-            t_max=config.teacher.t_max,
-            seed=config.train.seed,
-            prompts_per_step=config.train.prompts_per_step,
-            prompts_per_rollout=config.train.prompts_per_rollout,
-            cuda_graph=switch(config.teacher.cuda_graph, device),
-        )
+        self.source = build_source(config, device, parts)
         self.wrapped = self._distribute(self.student)
         self.dtype = dtype_of(config.student.precision, device)
         o, e, r = config.optimizer, config.ema, config.method.r
@@ -61,14 +52,13 @@ class Trainer:
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
         self.statistics = StepStatistics(device)
         self.grad_norm = torch.zeros((), device=device)
-        self.first_point = first_training_point(config.teacher.t_max)
         self.step = 0
         self.last_saved: tuple[int, Path] | None = None
 
     @property
     def samples_per_step(self) -> int:
         """Samples optimised in a step, over all ranks."""
-        return self.config.train.prompts_per_step * (self.config.method.route.points - self.first_point)
+        return self.config.train.prompts_per_step * self.source.samples_per_prompt
 
     def _distribute(self, student: nn.Module) -> nn.Module:
         if distributed.world_size() == 1:
@@ -87,14 +77,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
         loss = torch.zeros((), device=self.device)
-        batches = self.rollouts(self.step)
-        for index, batch in enumerate(batches):
-            part = self._accumulate(batch, last=index == self.rollouts.batches - 1, stop=stop)
+        for index, batch in enumerate(self.source(self.step)):
+            part = self._accumulate(batch, last=index == self.source.batches - 1, stop=stop)
             if part is None:
                 self.optimizer.zero_grad(set_to_none=True)
                 return False
             loss += part
         self.statistics.add_loss(loss)
+        with phase("optimizer"):
+            self._update(loss)
+        self.step += 1
+        return True
+
+    def _update(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
         self.grad_norm, finite = clip_and_check(self.parameters, self.config.optimizer.clip)
         finite = distributed.all_true(finite & loss.isfinite())  # a loss may overflow and its gradient vanish
@@ -103,14 +98,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.student, finite)
         self.guard.update(finite)
-        self.step += 1
-        return True
 
     def _accumulate(self, batch: Batch, *, last: bool, stop: Callable[[], bool]) -> Tensor | None:
         """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss, or
         None if told to stop."""
         method, world = self.config.method, distributed.world_size()
-        points = batch.trajectory.points(slice(self.first_point, None))
+        points = batch.trajectory.points(slice(self.source.first_point, None))
         n = points.t.shape[1]
         size = min(self.config.train.points_per_micro_batch or n, n)
         total = torch.zeros((), device=self.device)
@@ -120,18 +113,20 @@ class Trainer:
             part: Trajectory = points.points(slice(start, start + size))
             synchronise = last and start + size >= n  # ranks exchange gradients once a step
             with self._no_sync(synchronise), self.autocast():
-                loss, figures = tbcm_loss(
-                    self.wrapped,
-                    part,
-                    batch.condition,
-                    batch.keep,
-                    count=self.config.train.prompts_per_step * n,
-                    r=self.r_schedule(self.step),
-                    sigma_data=method.sigma_data,
-                    c=method.tangent_c,
-                )
-                # DDP averages over ranks, and each rank's loss is already its share of the global mean.
-                self.scaler.scale(loss * world).backward()
+                with phase("forward"):
+                    loss, figures = tbcm_loss(
+                        self.wrapped,
+                        part,
+                        batch.condition,
+                        batch.keep,
+                        count=self.config.train.prompts_per_step * n,
+                        r=self.r_schedule(self.step),
+                        sigma_data=method.sigma_data,
+                        c=method.tangent_c,
+                    )
+                with phase("backward"):
+                    # DDP averages over ranks, and each rank's loss is already its share of the global mean.
+                    self.scaler.scale(loss * world).backward()
             self.statistics.add(figures)
             total += loss.detach()
         return total
@@ -165,14 +160,16 @@ class Trainer:
             previewer = Previewer(self) if preview_every else None
             if previewer and self.step == 0:
                 self._off_the_clock(lambda: previewer(log))
+            profiler = StepProfiler(self.out, self.config.profile.steps, self.device)
             started = time.monotonic()
 
             def asked() -> bool:  # ranks agree on it, over the host alone
                 return distributed.any_rank(stop.stop_requested)
 
             while self.step < steps and not distributed.any_rank(self._out_of_time(started)):
-                if not self.train_step(asked):
-                    break
+                with profiler.step(self.step):
+                    if not self.train_step(asked):
+                        break
                 log.advance()
                 if self.step % log_every == 0 or self.step == steps:
                     self._log(log)

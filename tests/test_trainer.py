@@ -79,7 +79,7 @@ def test_ctrl_c_during_a_step_saves_and_the_resumed_run_is_the_same(
     whole = make(tmp_path / "whole")
     whole.run()
     stopped = make(tmp_path / "stopped")
-    rollouts = stopped.rollouts
+    rollouts = stopped.source
 
     def interrupt(step: int) -> Any:
         if step == 2:
@@ -87,7 +87,7 @@ def test_ctrl_c_during_a_step_saves_and_the_resumed_run_is_the_same(
         return rollouts(step)
 
     interrupt.batches = rollouts.batches  # type: ignore[attr-defined]
-    stopped.rollouts = interrupt  # type: ignore[assignment]
+    stopped.source = interrupt  # type: ignore[assignment]
     assert stopped.run() is True
     assert stopped.step == 2  # the step was given up
     rest = make(tmp_path / "stopped")
@@ -140,8 +140,8 @@ def test_draws_are_a_function_of_seed_and_step_and_of_the_place_in_the_global_ba
 
 
 def test_prompts_come_in_the_same_order_whatever_the_rollout(tmp_path: Path) -> None:
-    whole = list(make(tmp_path).rollouts(3))
-    parts = list(make(tmp_path, train={"prompts_per_rollout": 3}).rollouts(3))
+    whole = list(make(tmp_path).source(3))
+    parts = list(make(tmp_path, train={"prompts_per_rollout": 3}).source(3))
     assert [len(b.condition) for b in parts] == [3, 1]
     torch.testing.assert_close(
         torch.cat([b.trajectory.x0 for b in parts]), whole[0].trajectory.x0, rtol=1e-4, atol=1e-5

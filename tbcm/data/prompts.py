@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -31,6 +31,14 @@ class PromptSource(Sequence[str]):
 
     def __init__(self, prompts: pa.LargeStringArray) -> None:
         self._prompts = prompts
+
+    @classmethod
+    def of(cls, path: Path, texts: Iterable[str]) -> PromptSource:
+        """`texts`, which were read from `path`. Raises UserError where one cannot be encoded as UTF-8."""
+        try:
+            return cls(pa.array(texts, type=pa.large_string()))
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -58,20 +66,30 @@ def load_prompts(path: str | Path, column: str = "prompt") -> PromptSource:
             or holds a prompt that is not text or is longer than `MAX_PROMPT_CHARACTERS`.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in _READERS:
         raise UserError(f"{path}: unknown kind of prompt file; give one of {', '.join(_READERS)}")
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file")
-    try:
-        prompts = pa.array(_cleaned(path, reader(path, column)), type=pa.large_string())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {_where_not_utf8(path)}; save the file as UTF-8") from error
-    except (OSError, csv.Error, pa.ArrowInvalid, UnicodeEncodeError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
+    prompts = PromptSource.of(path, _cleaned(path, read_column(path, column)))
     if len(prompts) == 0:
         raise UserError(f"{path}: holds no prompts; give at least one")
-    return PromptSource(prompts)
+    return prompts
+
+
+def read_column(path: Path, column: str) -> Entries:
+    """Every entry of a .txt, .jsonl, .csv or .parquet file with its place, whatever it is. For .txt, `column` is not
+    used. Raises UserError where the file is not UTF-8, malformed or lacks the column."""
+    try:
+        yield from _READERS[path.suffix.lower()](path, column)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {_where_not_utf8(path)}; save the file as UTF-8") from error
+    except (OSError, csv.Error, pa.ArrowInvalid) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
+
+
+def place(path: Path, where: int) -> str:
+    """How an error names an entry."""
+    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {where}"
 
 
 def batch_indices(num_prompts: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
@@ -101,16 +119,15 @@ def prompt_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
 
 def _cleaned(path: Path, entries: Entries) -> Iterator[str]:
     """Stripped prompts without the blank ones."""
-    unit = "row" if path.suffix.lower() == ".parquet" else "line"
     for where, value in entries:
         if value is None:
             continue
         if not isinstance(value, str):
-            raise UserError(f"{path}, {unit} {where}: the prompt is {value!r}; give text")
+            raise UserError(f"{place(path, where)}: the prompt is {value!r}; give text")
         prompt = value.strip()
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise UserError(
-                f"{path}, {unit} {where}: the prompt has {len(prompt):,} characters;"
+                f"{place(path, where)}: the prompt has {len(prompt):,} characters;"
                 f" shorten it to at most {MAX_PROMPT_CHARACTERS:,}"
             )
         if prompt:

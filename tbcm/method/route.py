@@ -29,12 +29,19 @@ def random_route(uniform: Tensor, t_max: float) -> Tensor:
 def logit_normal_route(
     normal: Tensor, t_max: float, *, sigma_data: float, mean: float = 0.2, std: float = 1.6
 ) -> Tensor:
-    """sigma_d tan t = e^a, a ~ N(mean, std^2), cut off at t_max (sCM's proposal; garbled in the paper)."""
+    """Draws of `logit_normal_times`."""
+    return _route(logit_normal_times(normal, t_max, sigma_data=sigma_data, mean=mean, std=std), t_max)
+
+
+def logit_normal_times(
+    normal: Tensor, t_max: float, *, sigma_data: float, mean: float = 0.2, std: float = 1.6
+) -> Tensor:
+    """sigma_d tan t = e^a, a ~ N(mean, std^2), cut off at t_max (sCM's proposal; garbled in the paper), elementwise."""
     # Cut off through the inverse distribution function: clamping would put several points of a route at t_max.
     highest = (math.log(sigma_data * math.sin(t_max) / max(math.cos(t_max), 1e-16)) - mean) / std
     below = 0.5 * math.erfc(-highest / math.sqrt(2))  # the share of the proposal below t_max
     normal = torch.special.ndtri(torch.special.ndtr(normal.double()) * below)
-    return _route(torch.atan2((normal * std + mean).exp(), torch.full_like(normal, sigma_data)), t_max)
+    return torch.atan2((normal * std + mean).exp(), torch.full_like(normal, sigma_data)).float()
 
 
 def reference_edges(

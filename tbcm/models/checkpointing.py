@@ -16,7 +16,7 @@ from tbcm.models.dual import Dual
 aten = torch.ops.aten
 
 Part = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, Tensor], Dual]
-"""(x, dx, modulation, dmodulation, text) -> (y, dy), dy without a graph; the same y whether or not there are tangents."""
+"""(x, dx, modulation, dmodulation, text) -> (y, dy): dy without a graph, y the same with and without tangents."""
 
 
 def full_checkpoint(part: Part, x: Dual, modulation: Dual, text: Tensor, weights: list[Tensor]) -> Dual:

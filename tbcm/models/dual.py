@@ -53,9 +53,11 @@ def dual(layer: nn.Module, x: Dual) -> Dual:
 
 def pointwise(conv: nn.Module, x: Dual) -> Dual:
     """A 1 x 1 convolution of channels-last samples [B, T, C]: the matrix product that it is."""
-    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.groups != 1:
-        raise TypeError(f"expected a 1 x 1 convolution, got {conv}")
     value, tangent = x
+    if type(conv) is not nn.Conv2d and tangent is None:  # a frozen network's fp8 layer
+        return conv(value.mT[..., None])[..., 0].mT, None
+    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or conv.groups != 1:
+        raise TypeError(f"no tangent rule for a 1 x 1 convolution of type {type(conv).__name__}: {conv}")
     y = functional.linear(value, conv.weight.flatten(1), conv.bias)
     if tangent is None:
         return y, None

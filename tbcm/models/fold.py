@@ -114,7 +114,7 @@ def _insert_zeros(graph: Graph, value: Tensor) -> Node:
     """Zeros with the shape, dtype, device and order of dimensions in memory of `value`, a fake tensor."""
     order = sorted(range(value.dim()), key=value.stride, reverse=True)
     stored = value.permute(order)
-    options = {"dtype": value.dtype, "layout": value.layout, "device": value.device, "pin_memory": False}
+    options: dict[str, Any] = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
     result = graph.call_function(aten.full.default, ([*stored.shape], 0), options)
     result.meta["val"] = stored
     if order != sorted(order):

@@ -57,7 +57,7 @@ SANA: dict[str, dict[str, Any]] = {
         "num_cross_attention_heads": 2,
         "cross_attention_head_dim": 16,
         "cross_attention_dim": 32,
-        "caption_channels": 24,
+        "caption_channels": 384,
         "sample_size": 8,
     },
 }
@@ -82,5 +82,43 @@ MINILM: dict[str, Any] = {
 }
 """Arguments of transformers' BertConfig for the emoji teacher's text encoder."""
 
-COMPRESSION = {"sana-600m": 32, "sana-1600m": 32, "emoji": 8, "tiny": 8}
-"""Pixels per latent, along one side."""
+_DC_AE_F32C32: dict[str, Any] = {
+    "latent_channels": 32,
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+_EMOJI_AE: dict[str, Any] = {
+    "latent_channels": 8,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [32, 48, 96, 128],
+    "decoder_block_out_channels": [32, 48, 96, 128],
+    "encoder_layers_per_block": [0, 1, 1, 2],
+    "decoder_layers_per_block": [0, 1, 2, 2],
+    "encoder_qkv_multiscales": [[], [], [], []],
+    "decoder_qkv_multiscales": [[], [], [], []],
+    "encoder_out_shortcut": False,
+    "decoder_in_shortcut": False,
+    "scaling_factor": 1.0,
+}
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "sana-600m": _DC_AE_F32C32,
+    "sana-1600m": _DC_AE_F32C32,
+    "emoji": _EMOJI_AE,
+    "tiny": _EMOJI_AE | {"latent_channels": 4},
+}
+"""Arguments of diffusers' AutoencoderDC that goes with each of them."""
+
+
+def compression(name: str) -> int:
+    """Pixels per latent, along one side."""
+    return int(2 ** (len(AUTOENCODERS[name]["encoder_block_out_channels"]) - 1))

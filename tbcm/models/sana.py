@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
-from tbcm.models.dual import Dual, add, dual, modulate, tangent_rule
+from tbcm.models.dual import Dual, dual, modulate, tangent_rule
 from tbcm.models.fold import fold_options
 from tbcm.models.sana_block import KeysValues, SanaBlock
 from tbcm.models.tangent import push

@@ -1,0 +1,98 @@
+"""What is compared: ways to take the same training step, each a configuration one change away from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tbcm.config import Config, parse_config
+
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "sana-600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
+    "sana-1600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
+    "emoji": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
+    "tiny": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to take a step: `what` it changes, as overrides section.key -> value, in the arm that it is `based_on`."""
+
+    name: str
+    what: str
+    change: dict[str, Any]
+    based_on: str | None = None
+
+
+_PUBLISHED = {
+    "student.tangent": "two_pass",
+    "student.derivative": "jvp",
+    "student.checkpointing": "full",
+    "student.compile": False,
+    "teacher.compile": False,
+    "teacher.cuda_graph": False,
+    "teacher.half_weights": False,
+    "text.once": False,
+}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            "published",
+            "our re-implementation of the published way: two passes by torch.func.jvp, text for every point, full"
+            " recompute, fp32 teacher under autocast, eager",
+            _PUBLISHED,
+        ),
+        Arm("one_pass", "value and tangent in one pass", {"student.tangent": "one_pass"}, "published"),
+        Arm("dual", "hand-written tangents, no zero products", {"student.derivative": "dual"}, "one_pass"),
+        Arm("text_once", "a prompt's keys and values once", {"text.once": True}, "dual"),
+        Arm("half_weights", "teacher's weights in bf16", {"teacher.half_weights": True}, "text_once"),
+        Arm("selective", "linear layers not recomputed", {"student.checkpointing": "selective"}, "half_weights"),
+        Arm("no_recompute", "nothing recomputed", {"student.checkpointing": "none"}, "half_weights"),
+        Arm("compiled", "blocks compiled", {"student.compile": True, "teacher.compile": True}, "no_recompute"),
+        Arm("cuda_graph", "rollout as a CUDA graph", {"teacher.cuda_graph": True}, "compiled"),
+        Arm("overlap", "next rollout beside the student", {"train.overlap_rollout": True}, "cuda_graph"),
+        Arm("fast", "all of the above: speed first", {}, "overlap"),
+        Arm(
+            "lean",
+            "fast, memory first: values recomputed, micro-batches of 3 points",
+            {"student.checkpointing": "full", "train.points_per_micro_batch": 3, "train.overlap_rollout": False},
+            "fast",
+        ),
+    )
+}
+ON_CUDA_ONLY = {"half_weights", "cuda_graph", "overlap"}
+"""Arms whose change does nothing on a CPU."""
+
+
+def overrides(name: str, device: torch.device) -> dict[str, Any]:
+    """Of an arm and all that it is based on."""
+    arm = ARMS[name]
+    below = overrides(arm.based_on, device) if arm.based_on else {}
+    return below if device.type == "cpu" and name in ON_CUDA_ONLY else below | arm.change
+
+
+def config(model: str, arm: str, method: str, samples: int, points: int, device: torch.device) -> Config:
+    """`samples` optimised in a step: prompts with `points` - 1 points each (tbcm), or as many images (scm)."""
+    each = points - 1 if method == "tbcm" else 1
+    if samples % each and samples > each:
+        raise ValueError(f"{samples} samples are no whole number of prompts with {each} points")
+    prompts = max(1, samples // each)
+    base = MODELS[model]
+    tree: dict[str, Any] = {
+        "out": "unused",
+        "teacher": {"path": "unused", "architecture": model, **base["teacher"]},
+        "text": dict(base["text"]),
+        "data": {"prompts": "unused", "images": "unused"},
+        "method": {"name": method, "route": {"points": min(points, samples + 1), "per_prompt": True}},
+        "optimizer": {"name": "came"},
+        "train": {"prompts_per_step": prompts},
+        "log": {"preview_every": 0},
+    }
+    for key, value in overrides(arm, device).items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return parse_config(tree, f"{model}/{arm}")

@@ -1,0 +1,146 @@
+"""One arm under measurement: its trainer, the time of its steps and of their phases, its FLOPs and its memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tbcm.accounting import CostCounter
+from tbcm.build import Parts, dtype_of
+from tbcm.config import Config
+from tbcm.random_parts import random_parts
+from tbcm.runtime.phases import PhaseTimer
+from tbcm.trainer import Trainer
+
+WARM_UP = 3
+PHASES = "text", "vae", "teacher", "forward", "backward", "optimizer"
+
+
+class Measured:
+    """An arm ready to take steps. Raises torch.OutOfMemoryError where it does not fit."""
+
+    def __init__(self, name: str, config: Config, device: torch.device) -> None:
+        self.name, self.config, self.device = name, config, device
+        self.trainer = Trainer(config, device, parts(config, device))
+        self.seconds: list[float] = []
+        self.phases: list[dict[str, float]] = []
+
+    def step(self) -> None:
+        """A step and its time."""
+        self._synchronise()
+        started = time.perf_counter()
+        self.trainer.train_step()
+        self._synchronise()
+        self.seconds.append(time.perf_counter() - started)
+
+    def step_by_phase(self) -> None:
+        with PhaseTimer(self.device) as timer:
+            self.trainer.train_step()
+        self.phases.append(dict(timer.seconds))
+
+    def warm_up(self) -> None:
+        """Compiles, captures, fills caches; then memory is counted anew."""
+        for _ in range(WARM_UP):
+            self.trainer.train_step()
+        self._synchronise()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def row(self, flops: int) -> dict[str, Any]:
+        """The figures of the steps taken; `flops` of one."""
+        median = statistics.median(self.seconds)
+        low, *_, high = statistics.quantiles(self.seconds, n=5)
+        by_phase = {
+            name: 1000 * statistics.median(step.get(name, 0.0) for step in self.phases)
+            for name in PHASES
+            if any(name in step for step in self.phases)
+        }
+        return {
+            "arm": self.name,
+            "method": self.config.method.name,
+            "samples": self.trainer.samples_per_step,
+            "points": self.config.method.route.points,
+            "steps": len(self.seconds),
+            "median_ms": 1000 * median,
+            "p20_ms": 1000 * low,
+            "p80_ms": 1000 * high,
+            "samples_per_s": self.trainer.samples_per_step / median,
+            "tflop": flops / 1e12,
+            "tflop_per_s": flops / 1e12 / median,
+            **{f"{name}_ms": value for name, value in by_phase.items()},
+            **self._memory(),
+        }
+
+    def _memory(self) -> dict[str, Any]:
+        if self.device.type != "cuda":
+            return {"peak_gib": None, "reserved_gib": None}
+        return {
+            "peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved(self.device) / 2**30,
+        }
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def parts(config: Config, device: torch.device) -> Parts:
+    torch.manual_seed(0)
+    return random_parts(config, device)
+
+
+def eager(config: Config) -> Config:
+    """The same arm, but neither compiled nor captured."""
+    teacher = config.teacher.model_copy(update={"compile": False, "cuda_graph": False})
+    student = config.student.model_copy(update={"compile": False})
+    return config.model_copy(update={"teacher": teacher, "student": student})
+
+
+def flops_of(config: Config, device: torch.device) -> int:
+    """Of one step, counted on its eager twin: a compiled graph does the same products and hides them."""
+    twin = eager(config)
+    trainer = Trainer(twin, device, parts(twin, device))
+    trainer.train_step()  # what is made once a run
+    with CostCounter() as counter:
+        trainer.train_step()
+    return counter.flops
+
+
+def matmul_rate(config: Config, device: torch.device) -> float:
+    """TFLOP/s of a large square product in the student's precision: the best of ten."""
+    dtype, n = dtype_of(config.student.precision, device), 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best / 1e12
+
+
+@contextmanager
+def freed(device: torch.device) -> Iterator[None]:
+    """Gives memory back afterwards, also that of an arm that did not fit."""
+    try:
+        yield
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def quiet() -> None:
+    logging.getLogger("tbcm").setLevel(logging.WARNING)
+    torch._dynamo.config.recompile_limit = 64  # every arm compiles the same block once more

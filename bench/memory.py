@@ -1,0 +1,170 @@
+"""Peak memory of a training step against the number of samples that it optimises, and against the route's length.
+
+    python bench/memory.py                          # Sana-0.6B on a GPU, the emoji model on a CPU
+    python bench/memory.py --model sana-600m --device cpu --quick
+
+On a GPU it is measured. On a CPU it is accounted: the live tensors of an eager step, run on tensors without data in the
+precision that a GPU would take; workspaces and fragmentation are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import arms
+import torch
+from measure import Measured, eager, freed, parts, quiet
+from results import RESULTS, append, table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from tbcm.accounting import CostCounter
+from tbcm.config import Config
+from tbcm.dryrun import as_on_a_gpu
+from tbcm.errors import UserError, command
+from tbcm.runtime.distributed import pick_device
+from tbcm.runtime.files import atomic_path
+from tbcm.trainer import Trainer
+
+SAMPLES = [1, 2, 4, 8, 15, 30, 60]
+POINTS = [8, 12, 16, 20]
+COLUMNS = {
+    "arm": "arm",
+    "method": "method",
+    "points": "route points",
+    "samples": "samples",
+    "peak_gib": "peak GiB",
+    "reserved_gib": "reserved GiB",
+    "base_gib": "base GiB",
+    "dynamic_gib": "dynamic GiB",
+    "weights_gib": "weights",
+    "gradients_gib": "gradients",
+    "optimizer_gib": "optimiser and EMA",
+    "note": "note",
+}
+Row = dict[str, Any]
+
+
+def measured(arm: str, config: Config, device: torch.device) -> Row:
+    """Of the third step, by CUDA's allocator."""
+    made = Measured(arm, config, device)
+    made.warm_up()
+    made.trainer.train_step()
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    base = torch.cuda.memory_allocated(device) + _gradients(made.trainer)
+    return _row(made.trainer, peak, base) | {"reserved_gib": reserved / 2**30, "accounted": False}
+
+
+def accounted(arm: str, config: Config, device: torch.device) -> Row:
+    """Of the first step, by the sizes of its live tensors."""
+    config = as_on_a_gpu(eager(config))
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        trainer = Trainer(config, device, parts(config, device))
+        counter.peak = counter.live  # making them may take more than keeping them
+        base = counter.live + _gradients(trainer)
+        trainer.train_step()
+    return _row(trainer, counter.peak, base) | {"accounted": True}
+
+
+def _row(trainer: Trainer, peak: int, base: int) -> Row:
+    vae = trainer.parts.vae
+    networks = [trainer.teacher, trainer.student, getattr(trainer.text.encoder, "model", None), vae]
+    weights = sum(_bytes(net) for net in networks if net is not None)
+    gradients = _gradients(trainer)
+    return {
+        "samples": trainer.samples_per_step,
+        "points": trainer.config.method.route.points if trainer.config.method.name == "tbcm" else 1,
+        "peak_gib": peak / 2**30,
+        "base_gib": base / 2**30,
+        "dynamic_gib": (peak - base) / 2**30,
+        "weights_gib": weights / 2**30,
+        "gradients_gib": gradients / 2**30,
+        "optimizer_gib": (base - weights - gradients) / 2**30,
+    }
+
+
+def _bytes(net: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
+
+
+def _gradients(trainer: Trainer) -> int:
+    return sum(parameter.nbytes for parameter in trainer.parameters)
+
+
+def run(model: str, wanted: list[tuple[str, str, int, int]], device: torch.device, out: Path) -> list[Row]:
+    """Rows of (arm, method, samples, route points); one that does not fit is a row that says so."""
+    rows = []
+    for arm, method, samples, points in tqdm(wanted, desc=f"{model} on {device.type}", unit="row", disable=None):
+        config = arms.config(model, arm, method, samples, points, device)
+        row: Row = {"model": model, "arm": arm, "method": method, "samples": samples, "points": points}
+        with freed(device):
+            try:
+                row |= (measured if device.type == "cuda" else accounted)(arm, config, device)
+            except torch.OutOfMemoryError:
+                row["note"] = "out of memory"
+        rows.append(append("memory", row, out))
+    return rows
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Peak memory against samples, a curve per arm and method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), constrained_layout=True)
+    for method, arm in dict.fromkeys((row["method"], row["arm"]) for row in rows):
+        of_arm = [row for row in rows if (row["method"], row["arm"]) == (method, arm)]
+        curve = sorted((row["samples"], row["peak_gib"]) for row in of_arm)
+        line = "-" if method == "tbcm" else "--"
+        axes.plot(*zip(*curve, strict=True), marker="o", linestyle=line, label=f"{method}, {arm}")
+    axes.set(
+        xlabel="samples optimised in a step",
+        ylabel="peak memory, GiB" + (" (accounted, eager)" if rows[0].get("accounted") else ""),
+        title=f"{rows[0]['model']} on {rows[0]['gpu'] or 'a CPU'}, torch {rows[0]['torch']}",
+        ylim=(0, None),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python bench/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="ARM")
+    parser.add_argument("--methods", nargs="+", choices=["tbcm", "scm"], default=["tbcm", "scm"])
+    parser.add_argument("--quick", action="store_true", help="published and lean, few batches: under 5 minutes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the picture")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    model = arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
+    few = ["published", "lean"]
+    names = arguments.arms or (few if arguments.quick else [*few, "selective", *(["fast"] * (device.type == "cuda"))])
+    quiet()
+    counts, routes = ([1, 15], [16]) if arguments.quick else (SAMPLES, POINTS)
+    wanted = [(arm, method, n, 16) for method in arguments.methods for arm in names for n in counts]
+    wanted += [(arm, "tbcm", points - 1, points) for arm in names for points in routes if points != 16]
+    rows = run(model, wanted, device, arguments.out)
+    batches = rows[: len(arguments.methods) * len(names) * len(counts)]
+    if not any("peak_gib" in row for row in batches):
+        raise UserError("nothing fitted into memory: choose a smaller --model")
+    picture = arguments.out / f"memory-{model}-{device.type}.png"
+    plot([row for row in batches if "peak_gib" in row], picture)
+    print(table(rows, {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}))
+    print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Time of a training step, arm by arm: what each change gives.
+
+python bench/step.py                        # Sana-0.6B on a GPU, the emoji model on a CPU
+python bench/step.py --model tiny --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import arms
+import torch
+from measure import PHASES, Measured, flops_of, freed, matmul_rate, quiet
+from results import RESULTS, append, table
+from tqdm import tqdm
+
+from tbcm.errors import UserError, command
+from tbcm.runtime.allocator import reuse_freed_memory
+from tbcm.runtime.distributed import pick_device
+
+COLUMNS = {
+    "arm": "arm",
+    "method": "method",
+    "samples": "samples",
+    "median_ms": "ms a step",
+    "p20_ms": "20 %",
+    "p80_ms": "80 %",
+    "samples_per_s": "samples/s",
+    "speedup": "x published",
+    "tflop": "TFLOP",
+    "tflop_per_s": "TFLOP/s",
+    "of_matmul": "of matmul rate",
+    **{f"{name}_ms": name for name in PHASES},
+    "peak_gib": "peak GiB",
+    "note": "note",
+}
+Row = dict[str, Any]
+
+
+def applicable(names: list[str], device: torch.device) -> list[str]:
+    return [name for name in names if device.type == "cuda" or name not in arms.ON_CUDA_ONLY]
+
+
+def run(
+    model: str, names: list[str], methods: list[str], prompts: int, points: int, steps: int, device: torch.device
+) -> list[Row]:
+    """On a GPU arm after arm, as memory is measured too; on a CPU, whose speed drifts, in turns step by step."""
+    wanted = [(name, method) for method in methods for name in names]
+    bar = tqdm(total=len(wanted) * (steps + 2), desc=f"{model} on {device.type}", unit="step", disable=None)
+    rows: list[Row] = []
+    groups = [wanted] if device.type == "cpu" else [[one] for one in wanted]
+    for group in groups:
+        with freed(device):
+            rows += _group(model, group, prompts, points, steps, device, bar)
+    bar.close()
+    return rows
+
+
+def _group(
+    model: str,
+    group: list[tuple[str, str]],
+    prompts: int,
+    points: int,
+    steps: int,
+    device: torch.device,
+    bar: tqdm[Any],
+) -> list[Row]:
+    ready: list[tuple[Measured, int]] = []
+    rows: list[Row] = []
+    for name, method in group:
+        bar.set_postfix_str(f"{name}, {method}")
+        config = arms.config(model, name, method, prompts * (points - 1), points, device)
+        try:
+            flops = flops_of(config, device)
+            measured = Measured(name, config, device)
+            measured.warm_up()
+            ready.append((measured, flops))
+        except torch.OutOfMemoryError:
+            rows.append({"arm": name, "method": method, "model": model, "note": "out of memory"})
+        bar.update()
+    for _ in range(steps):
+        for measured, _ in ready:
+            measured.step()
+            bar.update()
+    for measured, flops in ready:
+        for _ in range(3):
+            measured.step_by_phase()
+        bar.update()
+        rows.append({"model": model, **measured.row(flops)})
+    return rows
+
+
+def compare(rows: list[Row], rate: float) -> list[Row]:
+    """Adds the ratio to the published arm of the same method, and the fraction of the measured matmul rate."""
+    published = {row["method"]: row.get("samples_per_s") for row in rows if row["arm"] == "published"}
+    for row in rows:
+        if "samples_per_s" not in row:
+            continue
+        if base := published.get(row["method"]):
+            row["speedup"] = row["samples_per_s"] / base
+        row["matmul_tflop_per_s"] = rate
+        row["of_matmul"] = row["tflop_per_s"] / rate
+    return rows
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python bench/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), default=list(arms.ARMS), metavar="ARM")
+    parser.add_argument("--methods", nargs="+", choices=["tbcm", "scm"], default=["tbcm"])
+    parser.add_argument("--prompts", type=int, help="in a step; default: 1 on CUDA, 8 on a CPU")
+    parser.add_argument("--points", type=int, default=16, help="of a route (the first does not train)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of each arm, after warm-up")
+    parser.add_argument("--quick", action="store_true", help="published, fast and lean only, 5 steps: under 5 minutes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    model = arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
+    prompts = arguments.prompts or (1 if device.type == "cuda" else 8)
+    if prompts < 1 or arguments.points < 2 or arguments.steps < 2:
+        raise UserError("--prompts should be at least 1, --points and --steps at least 2")
+    names = ["published", "fast", "lean"] if arguments.quick else applicable(arguments.arms, device)
+    steps = min(arguments.steps, 5) if arguments.quick else arguments.steps
+    quiet()
+    reuse_freed_memory()
+    rows = run(model, names, arguments.methods, prompts, arguments.points, steps, device)
+    rate = matmul_rate(arms.config(model, "fast", "tbcm", arguments.points - 1, arguments.points, device), device)
+    rows = [append("step", row, arguments.out) for row in compare(rows, rate)]
+    shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    print(table(rows, shown))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

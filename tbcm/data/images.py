@@ -1,0 +1,144 @@
+"""Captioned images, for the baselines that train on data: a folder in Hugging Face's imagefolder layout, or the shipped
+emoji. They are decoded when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tbcm.data.prompts import PromptSource, place, read_column
+from tbcm.emoji.dataset import SIZE, read_atlas
+from tbcm.errors import UserError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MAX_THREADS = 8  # that decode; Pillow lets go of the interpreter meanwhile
+
+
+class CaptionedImages(Protocol):
+    """Images with one caption each."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Those images in that order, [B, 3, H, W] float32 in [-1, 1] on the CPU."""
+        ...
+
+
+def open_images(path: str, image_size: int, column: str = "text") -> CaptionedImages:
+    """`path` 'emoji' is the shipped images, anything else a folder; see `ShippedEmoji` and `ImageFolder`."""
+    return ShippedEmoji(image_size) if path == "emoji" else ImageFolder(path, image_size, column)
+
+
+class ImageFolder:
+    """A folder of images and a metadata.jsonl, .csv or .parquet whose rows name a file (relative to the folder) in
+    `file_name` and its caption in `column`.
+
+    Images are cropped about their centre to a square and resized to `image_size`, bicubic with antialiasing. EXIF
+    rotation is applied and transparency laid on white.
+
+    Raises:
+        UserError: no such folder, metadata or file; metadata that is malformed, empty or not UTF-8, lacks a column or
+            has a row without a caption. A damaged image is found when it is decoded.
+    """
+
+    def __init__(self, path: str | Path, image_size: int, column: str = "text") -> None:
+        self.folder, self.size = Path(path).expanduser(), image_size
+        metadata = _metadata(self.folder)
+        names, captions = _rows(metadata, column)
+        self._files, self.captions = PromptSource.of(metadata, names), PromptSource.of(metadata, captions)
+        for name in self._files:
+            if not (self.folder / name).is_file():
+                raise UserError(f"{metadata}: {self.folder / name} is missing; put it there or take its row out")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """See `CaptionedImages`. Raises UserError naming the first image that cannot be decoded."""
+        files = [self.folder / self._files[i] for i in indices]
+        with ThreadPoolExecutor(min(MAX_THREADS, len(files), os.cpu_count() or 1)) as pool:
+            return _to_unit(torch.stack(list(pool.map(lambda file: decode(file, self.size), files))))
+
+
+class ShippedEmoji:
+    """The shipped emoji without the held-out ones, 64 px on white.
+
+    Raises:
+        UserError: `image_size` is not 64.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        if image_size != SIZE:
+            raise UserError(f"the emoji images have {SIZE} px, not {image_size}: set teacher.image_size={SIZE}")
+        assets = Path(str(resources.files("tbcm.emoji") / "assets"))
+        rows = json.loads((assets / "real.json").read_text(encoding="utf-8"))["images"]
+        seen = [i for i, row in enumerate(rows) if not row["held_out"]]
+        self.captions: Sequence[str] = [rows[i]["caption"] for i in seen]
+        self._images = read_atlas(assets / "real.webp", len(rows))[seen]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """See `CaptionedImages`."""
+        return _to_unit(self._images[list(indices)])
+
+
+def decode(file: Path, size: int) -> Tensor:
+    """An image file as [3, size, size] uint8, as `ImageFolder` describes it."""
+    try:
+        with Image.open(file) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
+                raise UserError(f"{file}: its pixels have more than 8 bits a channel; convert it to 8")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, EOFError, ... on damaged files
+        raise UserError(f"{file}: cannot be decoded ({error}); replace it or take its row out") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def _metadata(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of images")
+    for name in METADATA:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: has no {' or '.join(METADATA)}; write one with each image's file_name and caption")
+
+
+def _rows(metadata: Path, column: str) -> tuple[list[str], list[str]]:
+    """File names and captions."""
+    names, captions = [], []
+    entries = zip(read_column(metadata, "file_name"), read_column(metadata, column), strict=True)
+    for (where, name), (_, caption) in entries:
+        for key, value in (("file_name", name), (column, caption)):
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{place(metadata, where)}: {key} is {value!r}; give text or take it out")
+        names.append(name.strip())
+        captions.append(caption.strip())
+    if not names:
+        raise UserError(f"{metadata}: has no rows; give each image one")
+    return names, captions

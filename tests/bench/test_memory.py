@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import arms
+import memory
+import pytest
+import torch
+from PIL import Image
+
+CPU = torch.device("cpu")
+
+
+def accounted(arm: str, samples: int, method: str = "tbcm") -> dict[str, float]:
+    return memory.accounted(arm, arms.config("tiny", arm, method, samples, 16, CPU), CPU)
+
+
+def test_peak_is_base_and_dynamic_and_grows_with_the_batch() -> None:
+    small, large = accounted("published", 3), accounted("published", 15)
+    for row in (small, large):
+        assert row["peak_gib"] == pytest.approx(row["base_gib"] + row["dynamic_gib"])
+        assert row["base_gib"] == pytest.approx(row["weights_gib"] + row["gradients_gib"] + row["optimizer_gib"])
+    assert large["base_gib"] == pytest.approx(small["base_gib"], rel=0.02)
+    assert large["dynamic_gib"] > 2 * small["dynamic_gib"]
+
+
+def test_what_is_kept_decides_the_dynamic_memory() -> None:
+    keep, some, none = (accounted(arm, 15)["dynamic_gib"] for arm in ("no_recompute", "selective", "text_once"))
+    assert none < some < keep
+    assert accounted("lean", 15)["dynamic_gib"] < 0.6 * accounted("published", 15)["dynamic_gib"]
+
+
+def test_scm_keeps_its_autoencoder() -> None:
+    assert accounted("published", 3, "scm")["weights_gib"] > accounted("published", 3)["weights_gib"]
+
+
+def test_rows_and_a_picture(tmp_path: Path) -> None:
+    wanted = [("published", "tbcm", 3, 16), ("lean", "tbcm", 3, 16), ("lean", "tbcm", 6, 16)]
+    rows = memory.run("tiny", wanted, CPU, tmp_path)
+    assert [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()] == rows
+    assert all(row["accounted"] for row in rows)
+    pytest.importorskip("matplotlib")
+    memory.plot(rows, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500

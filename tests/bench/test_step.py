@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import arms
+import pytest
+import results
+import step
+import torch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[2]
+
+
+def bench(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"bench/{script}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_arms_differ_from_what_they_are_based_on_in_one_thing() -> None:
+    for name, arm in arms.ARMS.items():
+        if arm.based_on and name not in ("fast", "lean", "compiled"):
+            here, there = (arms.overrides(arm, CUDA) for arm in (name, arm.based_on))
+            assert sum(here.get(key) != there.get(key) for key in here) == 1, name
+    published = arms.config("sana-600m", "published", "tbcm", 15, 16, CUDA)
+    assert (published.student.tangent, published.student.checkpointing, published.text.once) == (
+        "two_pass",
+        "full",
+        False,
+    )
+    fast = arms.config("sana-600m", "fast", "tbcm", 15, 16, CUDA)
+    assert (fast.student.tangent, fast.student.derivative, fast.student.checkpointing) == ("one_pass", "dual", "none")
+    assert fast.text.once and fast.teacher.half_weights and fast.teacher.cuda_graph is True
+
+
+def test_on_a_cpu_nothing_is_measured_that_does_nothing_there() -> None:
+    names = step.applicable(list(arms.ARMS), CPU)
+    configs = [arms.overrides(name, CPU) for name in names if name not in ("fast", "lean")]
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
+
+
+@pytest.mark.parametrize(("method", "samples", "prompts"), [("tbcm", 30, 2), ("tbcm", 4, 1), ("scm", 30, 30)])
+def test_samples_are_those_that_are_optimised(method: str, samples: int, prompts: int) -> None:
+    config = arms.config("tiny", "published", method, samples, 16, CPU)
+    assert config.train.prompts_per_step == prompts
+    assert prompts * (config.method.route.points - 1 if method == "tbcm" else 1) == samples
+    with pytest.raises(ValueError, match="no whole number of prompts"):
+        arms.config("tiny", "published", "tbcm", 16, 16, CPU)
+
+
+def test_rows_and_table_of_a_real_run(tmp_path: Path) -> None:
+    arguments = ["--model", "tiny", "--prompts", "1", "--points", "4", "--steps", "3", "--out", str(tmp_path)]
+    done = bench("step.py", *arguments, "--arms", "published", "text_once", "--methods", "tbcm", "scm")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["method"]) for row in rows] == [
+        (arm, method) for method in ("tbcm", "scm") for arm in ("published", "text_once")
+    ]
+    for row in rows:
+        assert row["samples"] == 3 and row["steps"] == 3 and row["gpu"] is None and row["commit"]
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["samples_per_s"] == pytest.approx(3000 / row["median_ms"])
+        assert ("vae_ms" in row) == (row["method"] == "scm")
+        assert row["forward_ms"] > 0 and row["of_matmul"] > 0
+    published, ours = rows[0], rows[1]
+    assert ours["tflop"] < 0.8 * published["tflop"]
+    assert published["speedup"] == 1.0
+    assert "| published | tbcm | 3 |" in done.stdout
+
+
+def test_an_arm_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step, "flops_of", too_large)
+    (row,) = step.compare(step.run("tiny", ["published"], ["tbcm"], 1, 4, 2, CPU), 1.0)
+    assert row["note"] == "out of memory"
+    assert "out of memory" in results.table([row], step.COLUMNS)
+
+
+def test_bad_arguments_are_one_line() -> None:
+    done = bench("step.py", "--points", "1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --prompts should be at least 1, --points and --steps at least 2"]

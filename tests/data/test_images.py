@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tbcm.data.images import ImageFolder, ShippedEmoji, decode, open_images
+from tbcm.errors import UserError
+
+COLOURS = {"red.png": (255, 0, 0), "sub/green.webp": (0, 255, 0), "blue.png": (0, 0, 255)}
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"file_name": name, "text": f" a {Path(name).stem}, flat "} for name in COLOURS]
+
+
+def write_folder(folder: Path, entries: list[dict[str, Any]] | None = None) -> Path:
+    """Flat images of the colours above, 20 x 12, and a metadata.jsonl."""
+    for name, colour in COLOURS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 12), colour).save(folder / name, lossless=True)
+    lines = [json.dumps(entry) for entry in (rows() if entries is None else entries)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def message(folder: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        ImageFolder(folder, 8, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(folder) in text
+    return text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_images_and_captions_in_the_order_of_the_metadata(tmp_path: Path, kind: str) -> None:
+    write_folder(tmp_path)
+    if kind != "jsonl":
+        (tmp_path / "metadata.jsonl").unlink()
+    if kind == "csv":
+        lines = ["file_name,text", *(f'{row["file_name"]},"{row["text"]}"' for row in rows())]
+        (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows()), tmp_path / "metadata.parquet")
+    data = open_images(str(tmp_path), 8)
+    assert list(data.captions) == ["a red, flat", "a green, flat", "a blue, flat"]
+    assert len(data) == 3
+    images = data.images([2, 0, 1, 2])
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32
+    assert (images == images[:, :, :1, :1]).all()
+    assert images[:, :, 0, 0].tolist() == [[-1, -1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
+
+
+def test_the_named_column_holds_the_captions(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [{"file_name": "red.png", "text": "no", "caption": "yes", "size": 3}])
+    assert list(ImageFolder(folder, 8, "caption").captions) == ["yes"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_centre_is_kept(tmp_path: Path, turned: bool) -> None:
+    columns = np.arange(48, dtype=np.uint8)[None].repeat(16, 0) * 5  # 48 x 16: each column is a shade of its own
+    Image.fromarray(columns.T if turned else columns).save(tmp_path / "a.png")
+
+    def shades(size: int) -> list[int]:
+        image = decode(tmp_path / "a.png", size)[0]
+        return (image[:, 0] if turned else image[0]).tolist()
+
+    assert shades(16) == [5 * i for i in range(16, 32)]
+    assert shades(4) == pytest.approx([5 * i for i in (17.5, 21.5, 25.5, 29.5)], abs=1)
+
+
+def test_shrinking_averages_instead_of_picking_pixels(tmp_path: Path) -> None:
+    board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "a.png")
+    assert (decode(tmp_path / "a.png", 8).float() - 127.5).abs().max() < 8
+
+
+def test_transparency_lies_on_white_in_every_mode(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:, :2] = (255, 0, 0, 255)
+    rgba[:, 2:] = (0, 0, 0, 51)  # a fifth of black
+    picture = Image.fromarray(rgba)
+    picture.save(tmp_path / "rgba.png")
+    assert decode(tmp_path / "rgba.png", 4)[:, 0].tolist() == [[255, 255, 204, 204], [0, 0, 204, 204], [0, 0, 204, 204]]
+    picture.convert("LA").save(tmp_path / "la.png")
+    assert decode(tmp_path / "la.png", 4)[:, 0, 3].tolist() == [204] * 3
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    palette.putpixel((0, 0), 0)
+    palette.save(tmp_path / "p.png", transparency=0)
+    decoded = decode(tmp_path / "p.png", 4)
+    assert decoded[:, 0, 0].tolist() == [255] * 3 and decoded[:, 1, 1].tolist() == [9, 8, 7]
+
+
+def test_grey_and_cmyk_become_rgb_and_a_camera_s_rotation_is_applied(tmp_path: Path) -> None:
+    Image.new("L", (4, 4), 70).save(tmp_path / "grey.png")
+    assert decode(tmp_path / "grey.png", 4).unique().tolist() == [70]
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    assert (decode(tmp_path / "cmyk.jpg", 4)[:, 0, 0].float() - torch.tensor([255.0, 0, 0])).abs().max() < 6
+    turned = Image.new("RGB", (4, 4), "black")
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert decode(tmp_path / "turned.png", 4)[0].nonzero().tolist() == [[0, 3]]
+
+
+def test_missing_folder_metadata_and_file(tmp_path: Path) -> None:
+    assert "no such folder" in message(tmp_path / "none")
+    assert "has no metadata.jsonl or metadata.csv" in message(tmp_path)
+    folder = write_folder(tmp_path / "a", [*rows(), {"file_name": "gone.png", "text": "a cat"}])
+    assert f"{folder / 'gone.png'} is missing" in message(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"file_name": "red.png", "text": " "}, "line 4: text is ' '; give text or take it out"),
+        ({"file_name": "red.png", "text": None}, "line 4: text is None"),
+        ({"file_name": "red.png", "text": 5}, "line 4: text is 5"),
+        ({"file_name": "", "text": "a cat"}, "line 4: file_name is ''"),
+        ({"file_name": "red.png"}, "line 4: no column 'text'; it has 'file_name'"),
+        ({"text": "a cat"}, "line 4: no column 'file_name'"),
+        ({"file_name": "red.png", "text": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, entry: dict[str, Any], complaint: str) -> None:
+    assert complaint in message(write_folder(tmp_path, [*rows(), entry]))
+
+
+def test_malformed_empty_and_other_encodings(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [])
+    assert "has no rows" in message(folder)
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text("{")
+    assert "line 1: not JSON" in message(folder)
+    metadata.write_bytes('{"file_name": "red.png", "text": "café"}\n'.encode("latin-1"))
+    assert "line 1, byte 37 (0xe9) is not UTF-8" in message(folder)
+    metadata.unlink()
+    (folder / "metadata.csv").write_text("file_name,text\nred.png\n")  # a row cut short
+    assert "line 2: text is None" in message(folder)
+    (folder / "metadata.csv").write_text('file_name,text\nred.png,"never closed\n')
+    assert "cannot be read" in message(folder)
+
+
+def test_a_damaged_image_is_named_when_it_is_decoded(tmp_path: Path) -> None:
+    data = ImageFolder(write_folder(tmp_path), 8)
+    whole = (tmp_path / "blue.png").read_bytes()
+    for damaged in (b"", b"not an image", whole[: len(whole) // 2], whole[:20] + bytes(20) + whole[40:]):
+        (tmp_path / "blue.png").write_bytes(damaged)
+        assert data.images([0, 1]).shape == (2, 3, 8, 8)
+        with pytest.raises(UserError, match=r"blue\.png: cannot be decoded .*; replace it"):
+            data.images([0, 2, 1])
+
+
+def test_more_than_eight_bits_are_refused_and_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png: its pixels have more than 8 bits"):
+        decode(tmp_path / "deep.png", 4)
+
+
+def test_the_shipped_emoji_are_training_images_only() -> None:
+    data = open_images("emoji", 64)
+    assets = Path(__file__).parents[2] / "tbcm" / "emoji" / "assets"
+    prompts = set((assets / "prompts.txt").read_text(encoding="utf-8").splitlines())
+    assert len(data) == len(data.captions) > 1500
+    assert set(data.captions) <= prompts  # which hold no held-out concept
+    index = data.captions.index("accordion, noto")
+    images = data.images([index, 0])
+    assert images.shape == (2, 3, 64, 64) and images.min() >= -1 and images.max() == 1
+    atlas = Image.open(assets / "real.webp").convert("RGB")  # the fourth tile of the file, behind one held out
+    tile = torch.from_numpy(np.array(atlas.crop((3 * 64, 0, 4 * 64, 64)))).permute(2, 0, 1)
+    assert torch.equal(images[0], tile / 127.5 - 1)
+    with pytest.raises(UserError, match="64 px, not 1024"):
+        ShippedEmoji(1024)
