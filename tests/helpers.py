@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbcm.method.types import Condition, Prediction
 
@@ -111,3 +113,13 @@ def random_condition(prompts: int, seed: int = 0, length: int = 5, dim: int = 12
             "mask": torch.arange(length) < tokens[:, None],
         }
     )
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operators that wait for the device and bring a value to the host."""
+
+    FORBIDDEN = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not func.name().startswith(self.FORBIDDEN), f"{func.name()} in a step"
+        return func(*args, **(kwargs or {}))

@@ -60,3 +60,27 @@ def test_activation_checkpointing_repeats_the_value_and_not_its_tangent() -> Non
     for checkpointing, low, high in (("full", 0.8, 1.0), ("selective", 0.0, 0.3)):
         more = flops(checkpointing, True, True) - flops("none", True, True)
         assert low * forward < more <= high * forward
+
+
+def test_bytes_that_a_block_keeps_for_a_sample() -> None:
+    """Of T tokens of width D, under bf16 autocast: full, the fp32 input of the block; selective, also the bf16 results
+    of its linear layers (queries, keys, values and output: 3 + 1; queries and output of cross-attention: 1 + 1;
+    feed-forward: 5 + 1)."""
+    tokens, width, text = 64, 16, random_condition(1)
+
+    def live(checkpointing: str, samples: int, layers: int) -> int:
+        backbone = tiny_sana(num_layers=layers, mlp_ratio=2.5)
+        net = SanaTrigFlow(backbone, timestep_scale=1.0, checkpointing=checkpointing)
+        u, t = torch.randn(samples, 4, 8, 8), torch.rand(samples)
+        with torch.autocast("cpu", torch.bfloat16), CostCounter() as counter:
+            answer = net(u, t, text, tangents=(u, t))
+        assert answer.F.requires_grad
+        return counter.live
+
+    def per_block_and_sample(checkpointing: str) -> float:
+        kept = {(n, depth): live(checkpointing, n, depth) for n in (2, 4) for depth in (2, 3)}
+        return (kept[4, 3] - kept[2, 3] - kept[4, 2] + kept[2, 2]) / 2
+
+    assert per_block_and_sample("full") == 4 * tokens * width
+    assert per_block_and_sample("selective") == (4 + 2 * 12) * tokens * width
+    assert per_block_and_sample("none") > 2 * (4 + 2 * 12) * tokens * width

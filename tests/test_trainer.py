@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import NoHostSync
 from tiny import metrics, tiny_config, tiny_parts
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbcm import trainer as trainer_module
 from tbcm.config import Config
@@ -195,25 +196,38 @@ def test_without_previews_no_vae_is_loaded(tmp_path: Path, monkeypatch: pytest.M
     make(tmp_path).run()
 
 
-class NoHostSync(TorchDispatchMode):
-    """Fails on the operators that wait for the device and bring a value to the host."""
-
-    FORBIDDEN = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::unique")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert not func.name().startswith(self.FORBIDDEN), f"{func.name()} in a step"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])
-def test_a_step_reads_nothing_from_the_device(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_step_reads_nothing_from_the_device(tmp_path: Path, optimizer: str, checkpointing: str) -> None:
     """Elsewhere a step synchronises more than 30 times."""
-    trainer = make(tmp_path, optimizer={"name": optimizer}, train={"points_per_micro_batch": 2})
+    train = {"points_per_micro_batch": 2, "overlap_rollout": True}
+    trainer = make(tmp_path, optimizer={"name": optimizer}, student={"checkpointing": checkpointing}, train=train)
     trainer.train_step()
     with NoHostSync():
         trainer.train_step()
     with pytest.raises(AssertionError, match="in a step"), NoHostSync():
         torch.ones(()).item()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_nothing_is_compiled_after_the_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[None] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(None)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    config = tiny_config(
+        tmp_path, student={"compile": True}, teacher={"compile": True}, train={"points_per_micro_batch": 1}
+    )
+    trainer = Trainer(config, CPU, tiny_parts(config))
+    for _ in range(2):
+        trainer.train_step()
+    assert len(graphs) == 2  # a block of the teacher and one of the student, whatever the depth
+    for _ in range(3):
+        trainer.train_step()
+    assert len(graphs) == 2
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:

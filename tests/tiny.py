@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeli
 from helpers import TINY, tiny_sana
 from torch import Tensor
 
-from tbcm.build import Parts, build_student
+from tbcm.build import Parts, build_student, switch
 from tbcm.config import Config, parse_config
 from tbcm.models.loading import freeze
 from tbcm.models.sana import SanaTrigFlow
@@ -59,7 +59,8 @@ def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
 
 
 def tiny_parts(config: Config, **backbone: Any) -> Parts:
-    teacher = SanaTrigFlow(tiny_sana(**backbone), timestep_scale=1.0, differentiable=False)
+    compiled = switch(config.teacher.compile, torch.device("cpu"))
+    teacher = SanaTrigFlow(tiny_sana(**backbone), timestep_scale=1.0, differentiable=False, compiled=compiled)
     freeze(teacher)
     text = TextConditions(HashEncoder(), config.teacher.null_mask)
     return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8))
