@@ -17,7 +17,7 @@ from typing import Any
 import arms
 import torch
 from measure import Measured, eager, freed, parts, quiet
-from results import RESULTS, append, table
+from rows import RESULTS, append, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm

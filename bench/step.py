@@ -14,7 +14,7 @@ from typing import Any
 import arms
 import torch
 from measure import PHASES, Measured, flops_of, freed, matmul_rate, quiet
-from results import RESULTS, append, table
+from rows import RESULTS, append, table
 from tqdm import tqdm
 
 from tbcm.errors import UserError, command

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, autocast, build_source, dtype_of
+from tbcm.build import Parts, autocast, build_source, dtype_of, switch
 from tbcm.config import Config
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
@@ -150,6 +150,7 @@ class Trainer:
 
         Returns whether it was asked to stop (Ctrl-C, SIGTERM).
         """
+        logger.info("%s", describe(self.config, self.device))
         steps, log_every, save_every = self.config.train.steps, self.config.log.every, self.config.checkpoint.every
         preview_every = self.config.log.preview_every
         self._clock = time.monotonic(), self.step
@@ -243,6 +244,23 @@ class Trainer:
         if changed := differences(manifest["config"], self.config.model_dump(mode="json")):
             logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))
         logger.info("resumed after step %d", self.step)
+
+
+def describe(config: Config, device: torch.device) -> str:
+    """What the switches come to on this machine, in a line."""
+    student, teacher = config.student, config.teacher
+    parts = [
+        f"{device.type}: student in {dtype_of(student.precision, device)}".replace("torch.", ""),
+        f"{student.tangent} {student.derivative} tangents",
+        f"checkpointing {student.checkpointing}",
+        "compiled" if switch(student.compile, device) else "eager",
+        f"teacher in {dtype_of(teacher.precision, device)}".replace("torch.", ""),
+        "compiled" if switch(teacher.compile, device) else "eager",
+    ]
+    parts += ["fp8"] * teacher.fp8
+    parts += ["rollout as a CUDA graph"] * (device.type == "cuda" and switch(teacher.cuda_graph, device))
+    parts += ["overlapped"] * config.train.overlap_rollout
+    return ", ".join(parts)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

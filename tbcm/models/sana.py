@@ -143,6 +143,7 @@ class SanaTrigFlow(nn.Module):
         keep_all = self.checkpointing == "none" or (self.checkpointing == "selective" and self.compiled)
         if keep_all or not torch.is_grad_enabled():
             return self._block(block, h, temb, text, bias, size)
+        assert isinstance(text, Tensor), "prepared text is for frozen networks: it has no gradient"
 
         def run(h: Tensor, dh: Tensor | None, temb: Tensor, dtemb: Tensor | None, text: Tensor) -> Dual:
             return self._block(block, (h, dh), (temb, dtemb), text, bias, size)

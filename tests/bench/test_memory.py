@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import arms
@@ -12,6 +13,7 @@ from PIL import Image
 CPU = torch.device("cpu")
 
 
+@cache
 def accounted(arm: str, samples: int, method: str = "tbcm") -> dict[str, float]:
     return memory.accounted(arm, arms.config("tiny", arm, method, samples, 16, CPU), CPU)
 
