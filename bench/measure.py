@@ -143,4 +143,3 @@ def freed(device: torch.device) -> Iterator[None]:
 
 def quiet() -> None:
     logging.getLogger("tbcm").setLevel(logging.WARNING)
-    torch._dynamo.config.recompile_limit = 64  # every arm compiles the same block once more

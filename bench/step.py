@@ -23,6 +23,7 @@ from tbcm.runtime.distributed import pick_device
 
 COLUMNS = {
     "arm": "arm",
+    "what": "what it changes",
     "method": "method",
     "samples": "samples",
     "median_ms": "ms a step",
@@ -89,7 +90,7 @@ def _group(
         for _ in range(3):
             measured.step_by_phase()
         bar.update()
-        rows.append({"model": model, **measured.row(flops)})
+        rows.append({"model": model, "what": arms.ARMS[measured.name].what, **measured.row(flops)})
     return rows
 
 

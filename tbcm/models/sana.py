@@ -81,6 +81,8 @@ class SanaTrigFlow(nn.Module):
             nn.init.zeros_(self.logvar_head.bias)
         self._block: Callable[..., Dual] = _run_block_by_jvp if derivative == "jvp" else _run_block
         if compiled:
+            # Teacher and student, training and previews, full and last batches: all are graphs of the same function.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = fold_options() if derivative == "jvp" else None
             self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)
 
@@ -170,9 +172,9 @@ class SanaTrigFlow(nn.Module):
         # Elementwise, in fp32, and small: torch.func.jvp wastes nothing on them.
         x, time = push(lambda u, t: (flow_input(u, flow_time(t)), flow_time(t) * self.timestep_scale), u, t)
         h = dual(net.patch_embed, _to(x, net.dtype))
-        # Contiguous, as blocks return it: with other strides the first block would have a compiled graph of its own.
-        h = h[0].contiguous(), None if h[1] is None else h[1].contiguous()
         emb = self._time_embedding(time, h[0].dtype, guidance)
+        # Laid out and typed as blocks return it, or the first block would have a compiled graph of its own.
+        h = _to((h[0].contiguous(), None if h[1] is None else h[1].contiguous()), net.dtype)
         return h, dual(net.time_embed.linear, dual(net.time_embed.silu, emb)), emb
 
     def _time_embedding(self, time: Dual, dtype: torch.dtype, guidance: Tensor | None) -> Dual:

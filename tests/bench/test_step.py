@@ -70,7 +70,7 @@ def test_rows_and_table_of_a_real_run(tmp_path: Path) -> None:
     published, ours = rows[0], rows[1]
     assert ours["tflop"] < published["tflop"]
     assert published["speedup"] == 1.0
-    assert "| published | tbcm | 3 |" in done.stdout
+    assert "| text_once | a prompt's keys and values once | tbcm | 3 |" in done.stdout
 
 
 def test_an_arm_that_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
