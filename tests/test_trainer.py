@@ -80,15 +80,14 @@ def test_ctrl_c_during_a_step_saves_and_the_resumed_run_is_the_same(
     whole = make(tmp_path / "whole")
     whole.run()
     stopped = make(tmp_path / "stopped")
-    rollouts = stopped.source
+    original = stopped.source._batch
 
-    def interrupt(step: int) -> Any:
-        if step == 2:
+    def interrupt(prompts: list[str], draws: Any) -> Any:
+        if stopped.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return rollouts(step)
+        return original(prompts, draws)
 
-    interrupt.batches = rollouts.batches  # type: ignore[attr-defined]
-    stopped.source = interrupt  # type: ignore[assignment]
+    monkeypatch.setattr(stopped.source, "_batch", interrupt)
     assert stopped.run() is True
     assert stopped.step == 2  # the step was given up
     rest = make(tmp_path / "stopped")
