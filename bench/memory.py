@@ -9,15 +9,15 @@ precision that a GPU would take; workspaces and fragmentation are not in it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import arms
+import options
 import torch
 from measure import Measured, eager, freed, parts, quiet
-from rows import RESULTS, append, table
+from rows import append, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
@@ -26,7 +26,6 @@ from tbcm.accounting import CostCounter
 from tbcm.config import Config
 from tbcm.dryrun import as_on_a_gpu
 from tbcm.errors import UserError, command
-from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.files import atomic_path
 from tbcm.trainer import Trainer
 
@@ -138,24 +137,19 @@ def plot(rows: list[Row], path: Path) -> None:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python bench/memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
-    parser.add_argument("--device", choices=["cuda", "cpu"])
-    parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="ARM")
-    parser.add_argument("--methods", nargs="+", choices=["tbcm", "scm"], default=["tbcm", "scm"])
-    parser.add_argument("--quick", action="store_true", help="published and lean, few batches: under 5 minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows and the picture")
-    arguments = parser.parse_args()
-    device = pick_device(arguments.device)
-    model = arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
+    arguments = options.parser(
+        "memory.py", __doc__, ["tbcm", "scm"], "published and lean only, few batches"
+    ).parse_args()
+    device, model = options.machine(arguments)
     few = ["published", "lean"]
-    names = arguments.arms or (few if arguments.quick else [*few, "selective", *(["fast"] * (device.type == "cuda"))])
+    # On a CPU, where the accounted step is eager, `fast` is `no_recompute`.
+    many = [*few, "selective", "fast" if device.type == "cuda" else "no_recompute"]
+    names = options.arm_names(arguments, device, few if arguments.quick else many)
     quiet()
     counts, routes = ([1, 15], [16]) if arguments.quick else (SAMPLES, POINTS)
     wanted = [(arm, method, n, 16) for method in arguments.methods for arm in names for n in counts]
-    wanted += [(arm, "tbcm", points - 1, points) for arm in names for points in routes if points != 16]
+    if "tbcm" in arguments.methods:
+        wanted += [(arm, "tbcm", points - 1, points) for arm in names for points in routes if points != 16]
     rows = run(model, wanted, device, arguments.out)
     batches = rows[: len(arguments.methods) * len(names) * len(counts)]
     if not any("peak_gib" in row for row in batches):

@@ -1,25 +1,25 @@
 """Time of a training step, arm by arm: what each change gives.
 
-python bench/step.py                        # Sana-0.6B on a GPU, the emoji model on a CPU
-python bench/step.py --model tiny --quick
+    python bench/step.py                        # Sana-0.6B on a GPU, the emoji model on a CPU
+    python bench/step.py --model tiny --quick
+
+Rows go to bench/results/step.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import arms
+import options
 import torch
 from measure import PHASES, Measured, flops_of, freed, matmul_rate, quiet
-from rows import RESULTS, append, table
+from rows import append, table
 from tqdm import tqdm
 
 from tbcm.errors import UserError, command
 from tbcm.runtime.allocator import reuse_freed_memory
-from tbcm.runtime.distributed import pick_device
 
 COLUMNS = {
     "arm": "arm",
@@ -39,10 +39,6 @@ COLUMNS = {
     "note": "note",
 }
 Row = dict[str, Any]
-
-
-def applicable(names: list[str], device: torch.device) -> list[str]:
-    return [name for name in names if device.type == "cuda" or name not in arms.ON_CUDA_ONLY]
 
 
 def run(
@@ -109,25 +105,16 @@ def compare(rows: list[Row], rate: float) -> list[Row]:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python bench/step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
-    parser.add_argument("--device", choices=["cuda", "cpu"])
-    parser.add_argument("--arms", nargs="+", choices=list(arms.ARMS), default=list(arms.ARMS), metavar="ARM")
-    parser.add_argument("--methods", nargs="+", choices=["tbcm", "scm"], default=["tbcm"])
+    parser = options.parser("step.py", __doc__, ["tbcm"], "published, fast and lean only, 5 steps of each")
     parser.add_argument("--prompts", type=int, help="in a step; default: 1 on CUDA, 8 on a CPU")
     parser.add_argument("--points", type=int, default=16, help="of a route (the first does not train)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each arm, after warm-up")
-    parser.add_argument("--quick", action="store_true", help="published, fast and lean only, 5 steps: under 5 minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
     arguments = parser.parse_args()
-    device = pick_device(arguments.device)
-    model = arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
+    device, model = options.machine(arguments)
     prompts = arguments.prompts or (1 if device.type == "cuda" else 8)
     if prompts < 1 or arguments.points < 2 or arguments.steps < 2:
         raise UserError("--prompts should be at least 1, --points and --steps at least 2")
-    names = ["published", "fast", "lean"] if arguments.quick else applicable(arguments.arms, device)
+    names = options.arm_names(arguments, device, ["published", "fast", "lean"] if arguments.quick else list(arms.ARMS))
     steps = min(arguments.steps, 5) if arguments.quick else arguments.steps
     quiet()
     reuse_freed_memory()

@@ -145,6 +145,7 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: PositiveFloat = Field(0.1, description="gradients are clipped to this norm")
     warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = Field(0, description="last steps of train.steps, over which lr falls to 0")
 
     @model_validator(mode="after")
     def _betas(self) -> Self:

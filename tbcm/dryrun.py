@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import ExitStack
 
 import torch
@@ -55,11 +54,10 @@ def dry_run(config: Config, device_name: str | None) -> None:
 
 def _one_rollout(config: Config) -> tuple[Config, int]:
     """The configuration with a single rollout a step, and how many a rank takes one after another."""
-    share = distributed.local_slice(config.train.prompts_per_step)
-    prompts = share.stop - share.start
-    chunk = min(config.train.prompts_per_rollout or prompts, prompts)
-    train = config.train.model_copy(update={"prompts_per_step": chunk * distributed.world_size()})
-    return config.model_copy(update={"train": train}), math.ceil(prompts / chunk)
+    parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
+    prompts = parts[0].stop - parts[0].start
+    train = config.train.model_copy(update={"prompts_per_step": prompts * distributed.world_size()})
+    return config.model_copy(update={"train": train}), len(parts)
 
 
 def report(trainer: Trainer, rollouts: int, source: str, flops: int, memory: str) -> str:
@@ -72,7 +70,8 @@ def report(trainer: Trainer, rollouts: int, source: str, flops: int, memory: str
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
         "text encoder": f"{_parameters(model) if model is not None else 'none'} ({config.text.encoder})",
         "step": (
-            f"{prompts} prompts x {config.method.route.points} route points = {samples} samples optimised;"
+            f"{prompts} {'images' if config.method.name == 'scm' else 'prompts'} x"
+            f" {trainer.source.samples_per_prompt} points = {samples} samples optimised;"
             f" {world} rank(s) x {rollouts} rollout(s) of {config.train.prompts_per_step // world} prompt(s)"
         ),
         "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / samples:.4g} a sample)",

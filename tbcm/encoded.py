@@ -15,7 +15,7 @@ from tbcm.method.route import logit_normal_times
 from tbcm.method.scm import scm_trajectory
 from tbcm.models.loading import encode_images
 from tbcm.rollouts import Batch, Draws, GuidedTeacher, TextConditions, draw
-from tbcm.runtime.distributed import local_slice
+from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator
 
@@ -44,10 +44,7 @@ class EncodedImages:
         self.teacher, self.vae, self.text, self.images = teacher, vae, text, images
         self.latent_shape, self.method, self.t_max, self.seed = latent_shape, method, t_max, seed
         self.prompts_per_step = prompts_per_step
-        share = local_slice(prompts_per_step)
-        size = prompts_per_rollout or share.stop - share.start
-        starts = range(share.start, share.stop, size)
-        self.parts = [slice(start, min(start + size, share.stop)) for start in starts]
+        self.parts = local_parts(prompts_per_step, prompts_per_rollout)
         self.batches, self.first_point, self.samples_per_prompt = len(self.parts), 0, 1
 
     def __call__(self, step: int) -> Iterator[Batch]:
@@ -72,9 +69,9 @@ class EncodedImages:
             condition = self.text([self.images.captions[i] for i in indices])
         with phase("vae"):
             x0 = sigma_data * encode_images(self.vae, self.images.images(indices).to(self.vae.device))
-        velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance)
         noise, t = draws.noise * sigma_data, draws.route[:, 0]
         with phase("teacher"):
+            velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance)
             trajectory = scm_trajectory(velocity, x0, noise, t, draws.guidance, sigma_data)
         keep = torch.ones_like(draws.guidance, dtype=torch.bool)  # the brightness filter is TBCM's
         return Batch(trajectory, condition, keep)

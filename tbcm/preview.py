@@ -33,7 +33,6 @@ class Previewer:
 
         text, pipeline = parts.text, pipeline_of(config)
         self.student = Sampler(parts.student, text, config, pipeline, teacher=False, batch=4)
-        self.teacher = Sampler(parts.teacher, text, config, pipeline, teacher=True, batch=4)
         self._teacher_images: Tensor | None = None
 
     def __call__(self, log: MetricLog) -> None:
@@ -47,7 +46,10 @@ class Previewer:
 
     def _draw(self, log: MetricLog) -> None:
         if self._teacher_images is None:
-            self._teacher_images = self.teacher(self.prompts, steps=TEACHER_STEPS)
+            parts, config = self.trainer.parts, self.trainer.config
+            # Not kept: it would hold the null prompt's keys and values a second time.
+            teacher = Sampler(parts.teacher, parts.text, config, self.student.pipeline, teacher=True, batch=4)
+            self._teacher_images = teacher(self.prompts, steps=TEACHER_STEPS)
         with self.trainer.ema.swap(self.trainer.student), self.trainer.autocast():
             latents = [(f"student {n}", self.student.latents(self.prompts, steps=n)) for n in STEPS]
         rows = [(label, self.student.decode(x)) for label, x in latents]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from tbcm.method.tbcm import first_training_point
 from tbcm.method.types import Condition, Trajectory
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import TextEncoder, encode_null
-from tbcm.runtime.distributed import local_slice
+from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.graphs import Graphed
 from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator
@@ -163,11 +162,9 @@ class TeacherRollouts:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
         self.method, self.t_max, self.seed = method, t_max, seed
         self.prompts_per_step = prompts_per_step
-        share = local_slice(prompts_per_step)
-        self.share = share
         self._follow = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else self._trajectory
-        self.chunk = min(prompts_per_rollout or share.stop - share.start, share.stop - share.start)
-        self.batches = math.ceil((share.stop - share.start) / self.chunk)
+        self.parts = local_parts(prompts_per_step, prompts_per_rollout)
+        self.batches = len(self.parts)
         self.first_point = first_training_point(t_max)
         self.samples_per_prompt = method.route.points - self.first_point
 
@@ -176,8 +173,7 @@ class TeacherRollouts:
         draws = draw(
             self.seed, step, self.prompts_per_step, self.black.shape, self.method, self.t_max, self.black.device
         )
-        for start in range(self.share.start, self.share.stop, self.chunk):
-            part = slice(start, min(start + self.chunk, self.share.stop))
+        for part in self.parts:
             yield self._batch([self.prompts[i] for i in indices[part]], draws[part])
 
     @torch.no_grad()

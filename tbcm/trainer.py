@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.build import Parts, autocast, build_source, dtype_of, switch
-from tbcm.config import Config
+from tbcm.config import Config, Precision
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Trajectory
@@ -140,8 +140,9 @@ class Trainer:
         return self.wrapped.no_sync()
 
     def learning_rate(self, step: int) -> float:
-        o = self.config.optimizer
-        return o.lr * min(1.0, (step + 1) / (o.warmup_steps + 1))
+        """Linear warm-up, constant, linear cool-down over the last steps."""
+        o, left = self.config.optimizer, self.config.train.steps - step
+        return o.lr * min(1.0, (step + 1) / (o.warmup_steps + 1), left / (o.cooldown_steps + 1))
 
     # The run
 
@@ -250,17 +251,21 @@ def describe(config: Config, device: torch.device) -> str:
     """What the switches come to on this machine, in a line."""
     student, teacher = config.student, config.teacher
     parts = [
-        f"{device.type}: student in {dtype_of(student.precision, device)}".replace("torch.", ""),
+        f"{device.type}: student in {_precision(student.precision, device)}",
         f"{student.tangent} {student.derivative} tangents",
         f"checkpointing {student.checkpointing}",
         "compiled" if switch(student.compile, device) else "eager",
-        f"teacher in {dtype_of(teacher.precision, device)}".replace("torch.", ""),
+        f"teacher in {_precision(teacher.precision, device)}",
         "compiled" if switch(teacher.compile, device) else "eager",
     ]
     parts += ["fp8"] * teacher.fp8
     parts += ["rollout as a CUDA graph"] * (device.type == "cuda" and switch(teacher.cuda_graph, device))
     parts += ["overlapped"] * config.train.overlap_rollout
     return ", ".join(parts)
+
+
+def _precision(name: Precision, device: torch.device) -> str:
+    return str(dtype_of(name, device)).removeprefix("torch.")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

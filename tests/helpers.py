@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tbcm.method.types import Condition, Prediction
@@ -71,6 +71,27 @@ class Analytic:
             return Prediction(self.fn(u, t), None, torch.zeros_like(t))
         F, dF = torch.func.jvp(self.fn, (u, t), tangents)
         return Prediction(F, dF.detach(), torch.zeros_like(t))
+
+
+class AnalyticStudent(nn.Module):
+    """A student to train: a `Network` of its parameters' `F(u, t)` and `log_variance(t)`."""
+
+    def F(self, u: Tensor, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_variance(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        u: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance: Tensor | None = None,
+        tangents: tuple[Tensor, Tensor] | None = None,
+    ) -> Prediction:
+        answer = Analytic(self.F)(u, t, condition, guidance, tangents)
+        return Prediction(answer.F, answer.dF, self.log_variance(t))
 
 
 TINY = {

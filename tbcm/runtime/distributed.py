@@ -94,6 +94,13 @@ def local_slice(n: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
+def local_parts(n: int, at_once: int | None) -> list[slice]:
+    """`local_slice(n)` in parts of at most `at_once` prompts (None: in one)."""
+    share = local_slice(n)
+    size = at_once or share.stop - share.start
+    return [slice(start, min(start + size, share.stop)) for start in range(share.start, share.stop, size)]
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over ranks of a tensor, in one collective; stays on the device."""
     if not is_initialized():

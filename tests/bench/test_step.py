@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import arms
+import options
 import pytest
 import rows
 import step
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def bench(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"bench/{script}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -39,7 +41,7 @@ def test_arms_differ_from_what_they_are_based_on_in_one_thing() -> None:
 
 
 def test_on_a_cpu_nothing_is_measured_that_does_nothing_there() -> None:
-    names = step.applicable(list(arms.ARMS), CPU)
+    names = options.arm_names(argparse.Namespace(arms=None), CPU, list(arms.ARMS))
     configs = [arms.overrides(name, CPU) for name in names if name not in ("fast", "lean")]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
@@ -87,3 +89,8 @@ def test_bad_arguments_are_one_line() -> None:
     done = bench("step.py", "--points", "1")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: --prompts should be at least 1, --points and --steps at least 2"]
+    done = bench("memory.py", "--device", "cpu", "--arms", "fast", "overlap")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: --arms overlap: on a CPU it changes nothing; leave it out or run on a GPU"
+    ]

@@ -9,7 +9,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from helpers import Analytic, Gaussian, random_condition
+from helpers import AnalyticStudent, Gaussian, random_condition
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -17,7 +17,6 @@ from tbcm.method.consistency import network_tangents, tangent
 from tbcm.method.rollout import rollout
 from tbcm.method.route import reference_route
 from tbcm.method.tbcm import first_training_point, tbcm_loss
-from tbcm.method.types import Condition, Prediction
 
 HALF_PI = math.pi / 2
 SIGMA = 0.5
@@ -75,7 +74,7 @@ def largest_tangent(gaussian: Gaussian, student: Callable[[Tensor, Tensor], Tens
     return tangent(F, dF, x, dxdt, t, r, gaussian.sigma_data)[1].max().item()
 
 
-class Student(nn.Module):
+class Student(AnalyticStudent):
     """The teacher's F plus a small network that is 0 at the start; a learned log-variance of the time."""
 
     def __init__(self, gaussian: Gaussian) -> None:
@@ -91,16 +90,8 @@ class Student(nn.Module):
         inputs = torch.cat([u.flatten(1), t.cos()[:, None], t.sin()[:, None]], 1)
         return self.gaussian.F(u, t) + self.layers(inputs).view_as(u)
 
-    def forward(
-        self,
-        u: Tensor,
-        t: Tensor,
-        condition: Condition,
-        guidance: Tensor | None = None,
-        tangents: tuple[Tensor, Tensor] | None = None,
-    ) -> Prediction:
-        answer = Analytic(self.F)(u, t, condition, guidance, tangents)
-        return Prediction(answer.F, answer.dF, self.logvar(torch.stack([t.cos(), t.sin()], 1)).squeeze(1))
+    def log_variance(self, t: Tensor) -> Tensor:
+        return self.logvar(torch.stack([t.cos(), t.sin()], 1)).squeeze(1)
 
     def one_step(self, noise: Tensor) -> Tensor:
         with torch.no_grad():

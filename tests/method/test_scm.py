@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import Analytic, Gaussian, over, random_condition
+from helpers import Analytic, AnalyticStudent, Gaussian, over, random_condition
 from scipy.stats import kstest, norm
 from torch import Tensor, nn
 
 from tbcm.method.route import logit_normal_times
 from tbcm.method.scm import scm_trajectory
 from tbcm.method.tbcm import tbcm_loss
-from tbcm.method.types import Condition, Prediction, Trajectory
+from tbcm.method.types import Trajectory
 
 HALF_PI = math.pi / 2
 SIGMA = 0.5
@@ -116,7 +116,7 @@ def test_the_exact_consistency_function_is_the_fixed_point_of_the_loss() -> None
     assert teacher["g_norm"].max() > 0.1
 
 
-class Student(nn.Module):
+class Student(AnalyticStudent):
     """The exact consistency function of a Gaussian whose mean and deviation are learned, with a log-variance."""
 
     def __init__(self, mean: float, std: float) -> None:
@@ -124,17 +124,11 @@ class Student(nn.Module):
         self.mean, self.std = nn.Parameter(torch.tensor(mean)), nn.Parameter(torch.tensor(std))
         self.logvar = nn.Parameter(torch.zeros(2))
 
-    def forward(
-        self,
-        u: Tensor,
-        t: Tensor,
-        condition: Condition,
-        guidance: Tensor | None = None,
-        tangents: tuple[Tensor, Tensor] | None = None,
-    ) -> Prediction:
-        family = Gaussian(self.mean, self.std, SIGMA)  # type: ignore[arg-type]
-        answer = Analytic(family.consistency_F)(u, t, condition, guidance, tangents)
-        return Prediction(answer.F, answer.dF, torch.stack([t, t**2], 1) @ self.logvar)
+    def F(self, u: Tensor, t: Tensor) -> Tensor:
+        return Gaussian(self.mean, self.std, SIGMA).consistency_F(u, t)  # type: ignore[arg-type]
+
+    def log_variance(self, t: Tensor) -> Tensor:
+        return torch.stack([t, t**2], 1) @ self.logvar
 
 
 def test_training_on_noised_data_finds_the_teachers_consistency_function() -> None:
