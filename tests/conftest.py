@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+from tbcm_kernels import dispatch
 
 
 @pytest.fixture
@@ -35,3 +41,13 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def kernels() -> Iterator[torch.device]:
+    """The device on whose tensors operators run their kernels: a GPU, else the CPU with Triton's interpreter."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    with dispatch.using("interpret"):
+        yield torch.device("cpu")

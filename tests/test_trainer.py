@@ -299,3 +299,9 @@ def test_metrics_say_what_is_promised(tmp_path: Path) -> None:
     }
     assert promised <= row.keys() and {f"logvar_by_t/{i}" for i in range(8)} <= row.keys()
     assert row["r"] == 1.0 and row["kept"] == 1.0 and row["samples_per_s"] > 0
+
+
+def test_the_learning_rate_warms_up_stays_and_cools_down_to_the_end(tmp_path: Path) -> None:
+    sections = {"optimizer": {"lr": 1.0, "warmup_steps": 3, "cooldown_steps": 4}, "train": {"steps": 10}}
+    rate = make(tmp_path, **sections).learning_rate
+    assert [rate(step) for step in range(10)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])

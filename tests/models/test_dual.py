@@ -20,7 +20,7 @@ from tbcm.accounting import CostCounter
 from tbcm.method.types import Condition
 from tbcm.models import dual as rules
 from tbcm.models.presets import SANA
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana import Derivative, SanaTrigFlow
 from tbcm.models.sana_block import mix_ffn
 
 
@@ -195,18 +195,19 @@ def test_a_pass_with_its_tangent_is_less_than_two_forwards_of_the_published_netw
     """FLOPs of Sana-0.6B at 1024 px with 300 text tokens, 15 points of a prompt; a published forward projects the text
     for each of them."""
     with FakeTensorMode():
-        backbone = SanaTransformer2DModel(**SANA["sana-600m"], guidance_embeds=True)
         condition = Condition({"embeds": torch.randn(1, 300, 2304), "mask": torch.ones(1, 300, dtype=torch.bool)})
         u, t, w = torch.randn(15, 32, 32, 32), torch.rand(15), torch.full((15,), 4.5)
-        net = SanaTrigFlow(backbone, timestep_scale=1.0)
 
-        def flops(text_once: bool, tangents: tuple[Tensor, Tensor] | None) -> int:
-            net.text_once = text_once
+        def flops(text_once: bool, tangents: tuple[Tensor, Tensor] | None, derivative: Derivative = "dual") -> int:
+            backbone = SanaTransformer2DModel(**SANA["sana-600m"], guidance_embeds=True)
+            net = SanaTrigFlow(backbone, timestep_scale=1.0, derivative=derivative, text_once=text_once)
             with CostCounter() as counter, torch.no_grad():
                 net(u, t, condition, w, tangents)
             return counter.flops
 
         published, repeated, once = flops(False, None), flops(False, (u, t)), flops(True, (u, t))
+        jvp = flops(False, (u, t), "jvp")
     assert published == pytest.approx(15 * 1.1215e12, rel=0.001)
     assert 1.94 < repeated / published < 1.97
     assert 1.90 < once / published < 1.93
+    assert 2.90 < jvp / published < 2.94
