@@ -1,0 +1,101 @@
+"""Launching Triton kernels, or compiling them ahead of time where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels import dispatch
+
+try:
+    import triton
+    from triton import language as tl
+
+    jit = triton.jit
+except ImportError:  # not Linux: `dispatch.fused` is never true, and the kernels are functions that nobody calls
+    triton = tl = None
+
+    def jit(function: Any) -> Any:
+        return function
+
+
+__all__ = ["Compiled", "compile_ahead", "jit", "launch", "tl", "triton", "wide"]
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel made for an architecture: its cubin's size and the shared memory of a block, in bytes."""
+
+    kernel: str
+    arch: int
+    cubin: int
+    shared: int
+
+
+_targets: tuple[int, ...] = ()
+_compiled: list[Compiled] = []
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Runs `kernel` over `grid` on the device of its tensors; an empty grid runs nothing.
+
+    Arguments go by position, tl.constexpr and options (num_warps, num_stages) by name.
+    """
+    if 0 in grid:
+        return
+    if dispatch.mode() == "ahead":
+        _compiled.extend(_compile(kernel, arch, arguments, constants) for arch in _targets)
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def compile_ahead(*archs: int) -> Iterator[list[Compiled]]:
+    """Inside, operators on tensors of any device compile their kernels for compute capabilities `archs` (80, 90, ...),
+    into the list that is yielded, and run nothing: what they return is not initialised."""
+    global _targets
+    _compiled.clear()
+    _targets = archs
+    with dispatch.using("ahead"):
+        yield _compiled
+
+
+def _compile(kernel: Any, arch: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constexprs = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    signature, aligned = dict.fromkeys(kernel.arg_names, "constexpr"), []
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        # As Triton specialises at run time: on None and 1, and on multiples of 16.
+        if value is None or (type(value) is int and value == 1):
+            constexprs[name] = value
+            continue
+        signature[name] = _type(value)
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            aligned.append(i)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Compiled(kernel.__name__, arch, len(made.asm["cubin"]), made.metadata.shared)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+
+
+def wide(dtype: torch.dtype) -> Any:
+    """The type that kernels compute in, for tensors of `dtype`: fp32; for fp64, in tests, fp64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
