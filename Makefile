@@ -1,10 +1,12 @@
 # make demo    distil the shipped emoji teacher on a CPU and report (about 12 minutes after the installation)
 # make test    the tests            make lint    ruff and mypy            make clean    remove what was made
+# make native  the fused optimizer step for CUDA (optional; needs the CUDA toolkit; ARCH="80 90" are its GPUs)
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
+ARCH ?= 80 90
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint native clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -25,5 +27,8 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+native:
+	$(PYTHON) csrc/build.py --arch $(ARCH)
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) runs build tbcm/runtime/_native *.egg-info .pytest_cache .ruff_cache .mypy_cache

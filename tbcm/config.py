@@ -143,6 +143,10 @@ class Optimizer(Section):
         None, description="default: (0.9, 0.999) for adamw, (0.9, 0.999, 0.9999) for came"
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    fused: Switch = Field(
+        "auto",
+        description="adamw and the EMA in one pass over the weights (csrc); auto: on CUDA where csrc/build.py made it",
+    )
     clip: PositiveFloat = Field(0.1, description="gradients are clipped to this norm")
     warmup_steps: NonNegativeInt = 0
     cooldown_steps: NonNegativeInt = Field(0, description="last steps of train.steps, over which lr falls to 0")

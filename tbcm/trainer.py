@@ -24,9 +24,10 @@ from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.interrupt import StopRequest
 from tbcm.runtime.log import MetricLog
-from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
+from tbcm.runtime.optimizer import build_optimizer
 from tbcm.runtime.phases import phase
 from tbcm.runtime.profiling import StepProfiler
+from tbcm.runtime.update import build_update
 from tbcm.statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Trainer:
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(o.name, self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         self.ema = EMA(self.student, e.kind, sigma_rel=e.sigma_rel, halflife=e.halflife_steps, ramp_up=e.ramp_up)
+        self.update = build_update(self.student, self.optimizer, self.ema, o.clip, fused=o.fused)
         self.r_schedule = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
@@ -91,12 +93,11 @@ class Trainer:
 
     def _update(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm, finite = clip_and_check(self.parameters, self.config.optimizer.clip)
+        self.grad_norm, finite = self.update.clip()
         finite = distributed.all_true(finite & loss.isfinite())  # a loss may overflow and its gradient vanish
-        gated_step(self.optimizer, finite)
+        self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.student, finite)
         self.guard.update(finite)
 
     def _accumulate(self, batch: Batch, *, last: bool, stop: Callable[[], bool]) -> Tensor | None:

@@ -15,7 +15,6 @@ from helpers import NoHostSync
 from tiny import metrics, tiny_config, tiny_parts
 from torch import Tensor
 
-from tbcm import trainer as trainer_module
 from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.models.loading import Pipeline
@@ -50,12 +49,12 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     """The gradient of one step, before clipping."""
     found: list[Tensor] = []
 
-    def keep(params: list[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-        found.extend(p.grad.clone() for p in params if p.grad is not None)
+    def keep() -> tuple[Tensor, Tensor]:
+        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
         return torch.ones(()), torch.tensor(True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "clip_and_check", keep)
+        patch.setattr(trainer.update, "clip", keep)
         trainer.train_step()
     return found
 

@@ -60,12 +60,17 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, finite: Tensor) -> None:
         """Takes in the model's weights. `finite`: bool scalar on the device, false where the step was skipped."""
-        self.updates += finite
-        # torch.where, not a product: at t = 0 the weight is undefined, and a skipped update must not see it.
-        weight = torch.where(finite, self._weight(self.updates.float()), 0.0)
+        weight = self.advance(finite)
         params = _trainable(model)
         end = [params[name].detach().float() for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), end, [weight] * len(end))
+
+    def advance(self, finite: Tensor) -> Tensor:
+        """Counts an update, for who moves the shadow (`update`; `fused_update`). Returns w_t, 0 where it was skipped:
+        fp32 scalar on the device."""
+        self.updates += finite
+        # torch.where, not a product: at t = 0 the weight is undefined, and a skipped update must not see it.
+        return torch.where(finite, self._weight(self.updates.float()), 0.0)
 
     def _weight(self, t: Tensor) -> Tensor:
         """w_t as an fp32 scalar; through expm1 and log1p, since 1 - (1 - 1/t)^k loses its digits in fp32."""

@@ -1,22 +1,19 @@
-"""What follows the backward pass: clipping, AdamW and EMA, in plain PyTorch or as one pass over the weights (csrc).
+"""AdamW, EMA and low-precision copies in one pass over the weights: csrc/fused_update.cu, where it is built.
 
-Both ways work on the same `torch.optim.AdamW` and `EMA`, so that a checkpoint of one continues with the other. They agree
-to rounding: an update of a weight, its averages and its shadow to 2e-5 of themselves (the fused way clips a gradient in
-registers, and its bias correction has more digits).
-
-In a step: norm, finite = update.clip(); then, all ranks agreed on `finite`, update.step(finite).
+Works on the same `torch.optim.AdamW` and `EMA` as the plain way (`update.PlainUpdate`), so that a checkpoint of one
+goes on with the other. Both agree to rounding: a step's change of a weight to 2e-5 of itself (bias corrections have
+more digits here) and a few roundings of the weight to fp32.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,63 +21,29 @@ from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
 from tbcm.runtime.ema import EMA
-from tbcm.runtime.optimizer import clip_and_check, gated_step, gradient_norm
-
-logger = logging.getLogger(__name__)
+from tbcm.runtime.optimizer import gradient_norm, parameters
 
 LIBRARY = Path(__file__).parent / "_native" / "libtbcm_fused_update.so"
 _BUILD = "run `python csrc/build.py` in a checkout of tbcm"
-_VERSION = 1  # csrc/fused_update.h: kVersion
-_STORAGE = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/fused_update.h: Storage
-_HALF = torch.bfloat16, torch.float16
 
-
-class PlainUpdate:
-    """Clipping, optimiser and EMA one after the other: any optimiser, any device.
-
-    Args:
-        copies: by name of a weight of `model`, a tensor of its shape that gets its value, rounded to its dtype.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA,
-        max_norm: float,
-        copies: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.ema, self.max_norm = model, optimizer, ema, max_norm
-        weights = dict(model.named_parameters())
-        self.copies = [(copy, weights[name]) for name, copy in (copies or {}).items()]
-        self.params = _parameters(optimizer)
-
-    def clip(self) -> tuple[Tensor, Tensor]:
-        """Global L2 norm of the gradients before clipping, and whether it is finite: fp32 and bool scalars on the
-        device. The gradients are scaled in place to a norm of at most `max_norm`."""
-        return clip_and_check(self.params, self.max_norm)
-
-    @torch.no_grad()
-    def step(self, finite: Tensor) -> None:
-        """Optimiser, EMA and copies; where `finite` (bool scalar on the device) is false, nothing changes a bit."""
-        gated_step(self.optimizer, finite)
-        self.ema.update(self.model, finite)
-        for copy, weight in self.copies:
-            copy.copy_(weight)
+# As in csrc/fused_update.h
+_VERSION = 1
+_STORAGE = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class FusedUpdate:
-    """AdamW, EMA and copies in one launch that reads and writes every weight once; `PlainUpdate`'s interface.
+    """The interface of `update.PlainUpdate`, for AdamW and fp32 weights on one CUDA device.
 
-    A sharded weight (DTensor) is updated shard by shard, each rank its own: all is elementwise but the norm, which is
-    taken over the whole. Skips the optimiser's step hooks.
+    A sharded weight (DTensor) is updated shard by shard, each rank its own: all but the norm is elementwise, and the
+    norm is that of the whole. The optimiser's `step` and its hooks are not called.
 
     Args:
-        copies: as for `PlainUpdate`; all bf16 or all fp16.
-        library: what `load_library` gave.
+        max_norm: gradients are clipped to this global L2 norm (inf: not at all).
+        copies: by name of a weight of `model`, a tensor that gets its value; all bf16 or all fp16.
+        library: the C interface of csrc/fused_update.h; default: what csrc/build.py made.
 
     Raises:
-        UserError: it cannot be (see `obstacle`).
+        UserError: it cannot be; says why and what to do.
     """
 
     def __init__(
@@ -90,24 +53,38 @@ class FusedUpdate:
         ema: EMA,
         max_norm: float,
         copies: Mapping[str, Tensor] | None = None,
-        *,
-        library: ctypes.CDLL,
+        library: ctypes.CDLL | None = None,
     ) -> None:
-        self.copies = dict(copies or {})
-        if why := obstacle(model, optimizer, ema, self.copies):
-            raise UserError(f"the fused optimizer step cannot be: {why}")
-        self.optimizer, self.ema, self.max_norm, self.library = optimizer, ema, max_norm, library
-        self.params = _parameters(optimizer)
-        names = {param: name for name, param in model.named_parameters()}
+        names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+        self.params = parameters(optimizer)
         self.names = [names[param] for param in self.params]
+        self.optimizer, self.ema, self.max_norm, self.copies = optimizer, ema, max_norm, dict(copies or {})
+        self._check()
         self.device = self.params[0].device
-        self.copy_type = _STORAGE[next((copy.dtype for copy in self.copies.values()), torch.bfloat16)]
+        self.library = library or _library_for(self.device)
         self._factor: Tensor | None = None
         self._table: _Table | None = None
 
+    def _check(self) -> None:
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            raise UserError(f"the fused step is AdamW's, not {type(self.optimizer).__name__}'s: optimizer.name=adamw")
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor) or group["amsgrad"] or group["maximize"]:
+                raise UserError("the fused step knows no amsgrad, maximize or learning rate in a tensor: leave it out")
+        if set(self.names) != self.ema.shadow.keys():
+            raise UserError("the fused step needs optimiser and EMA to have the same weights: give both all of them")
+        if len({param.device for param in self.params}) != 1:
+            raise UserError("the fused step needs all weights on one device: move them there")
+        for name, param in zip(self.names, self.params, strict=True):
+            if param.dtype != torch.float32:
+                raise UserError(f"the fused step needs float32 weights: {name} is {param.dtype}, use autocast instead")
+        dtypes = {copy.dtype for copy in self.copies.values()}
+        if len(dtypes) > 1 or torch.float32 in dtypes or not dtypes <= _STORAGE.keys():
+            raise UserError(f"the fused step writes copies all in bfloat16 or all in float16: not in {dtypes}")
+
     @torch.no_grad()
     def clip(self) -> tuple[Tensor, Tensor]:
-        """As `PlainUpdate.clip`, but the gradients stay: `step` scales them as it reads them."""
+        """As `PlainUpdate.clip`, but the gradients stay as they are: `step` scales them as it reads them."""
         norm = gradient_norm(self.params).to(self.device)
         self._factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
         return norm, norm.isfinite()
@@ -116,136 +93,71 @@ class FusedUpdate:
     def step(self, finite: Tensor) -> None:
         """As `PlainUpdate.step`. Reads nothing on the host."""
         if self._factor is None:
-            raise RuntimeError("FusedUpdate.step without FusedUpdate.clip: the gradients' norm is not known")
+            raise RuntimeError("FusedUpdate.step without clip: how far to clip is not known")
         weight = self.ema.advance(finite)
-        gradients = [_gradient(param) for param in self.params]  # kept until the launch, which may read copies
-        storage = {gradient.dtype for gradient in gradients if gradient is not None} or {torch.float32}
-        if len(storage) > 1 or not storage <= _STORAGE.keys():
-            raise TypeError(f"the fused optimizer step takes gradients of one dtype, not {storage}")
-        table, gate = self._current_table(), finite.data_ptr()
+        gradients = [_gradient(param) for param in self.params]  # a copy among them must live until the launch
+        dtypes = {gradient.dtype for gradient in gradients if gradient is not None} or {torch.float32}
+        if len(dtypes) > 1 or not dtypes <= _STORAGE.keys():
+            raise TypeError(f"the fused step takes gradients of one dtype, not {dtypes}")
+        copy_type = next((copy.dtype for copy in self.copies.values()), torch.bfloat16)
+        table = self._current_table()
+        rows, steps, gate = table.rows.data_ptr(), table.steps.data_ptr(), finite.data_ptr()
         with self._on_device():
             stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else None
             first = 0
             for group in self.optimizer.param_groups:
                 count = len(group["params"])
-                addresses = [_gradient_address(g) for g in gradients[first : first + count]]
-                self._call(
-                    self.library.tbcm_fused_begin,
-                    *(table.tensors.data_ptr(), table.steps.data_ptr()),
-                    *((ctypes.c_void_p * count)(*addresses), first, count),
-                    *(group["lr"], *group["betas"], group["eps"], group["weight_decay"]),
-                    *(gate, stream),
-                )
+                addresses = (ctypes.c_void_p * count)(*map(_gradient_address, gradients[first : first + count]))
+                hyper = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+                self._call("begin", rows, steps, addresses, first, count, *hyper, gate, stream)
                 first += count
-            self._call(
-                self.library.tbcm_fused_update,
-                *(table.tensors.data_ptr(), table.steps.data_ptr(), table.chunks.data_ptr(), len(table.chunks)),
-                *(_STORAGE[storage.pop()], self.copy_type),
-                *(self._factor.data_ptr(), weight.data_ptr(), gate, stream),
-            )
+            chunks = table.chunks.data_ptr(), len(table.chunks)
+            types = _STORAGE[dtypes.pop()], _STORAGE[copy_type]
+            scalars = self._factor.data_ptr(), weight.data_ptr()
+            self._call("update", rows, steps, *chunks, *types, *scalars, gate, stream)
         self._factor = None
         torch.autograd.graph.increment_version(self.params)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _call(self, function: Any, *arguments: Any) -> None:
-        if code := function(*arguments):
-            raise RuntimeError(f"{function.__name__}: {self.library.tbcm_fused_error(code).decode()}")
+    def _call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self.library, f"tbcm_fused_{name}")(*arguments):
+            raise RuntimeError(f"fused optimizer step, {name}: {_explain(self.library, code)}")
 
     def _current_table(self) -> _Table:
-        """The table of where everything is; made again where something has moved (a checkpoint was loaded)."""
-        parts = [self._parts(param, name) for param, name in zip(self.params, self.names, strict=True)]
-        addresses = [[0 if part is None else part.data_ptr() for part in row] for row in parts]
+        """Where everything is; made anew where something has moved (a checkpoint was loaded, say)."""
+        parts = [self._parts(name, param) for name, param in zip(self.names, self.params, strict=True)]
+        addresses = [[part.data_ptr() for part in row] + [0] * (6 - len(row)) for row in parts]
         if self._table is None or self._table.addresses != addresses:
             for name, row in zip(self.names, parts, strict=True):
-                _check_layout(name, row)
-            sizes = [row[0].numel() for row in parts if row[0] is not None]
+                _check_layout(name, *row)
+            sizes = [_local(param).numel() for param in self.params]
             self._table = _make_table(addresses, sizes, self.library, self.device)
         return self._table
 
-    def _parts(self, param: Tensor, name: str) -> list[Tensor | None]:
-        """The tensors of a row of the table, in the order of csrc/fused_update.h: Tensor."""
+    def _parts(self, name: str, param: Tensor) -> list[Tensor]:
+        """This rank's weight, averages, step, shadow and, if any, copy, in the order of the table."""
         state = self.optimizer.state[param]
         parts = [param, state["exp_avg"], state["exp_avg_sq"], state["step"], self.ema.shadow[name]]
-        return [*map(_local, parts), _local(self.copies[name]) if name in self.copies else None]
-
-
-Update = PlainUpdate | FusedUpdate
-
-
-def build_update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA,
-    max_norm: float,
-    fused: Literal["auto"] | bool = "auto",
-) -> Update:
-    """The update of a training step, fused where that is wanted; "auto": where it can be.
-
-    Raises:
-        UserError: `fused` is True and it cannot be.
-    """
-    if fused is False:
-        return PlainUpdate(model, optimizer, ema, max_norm)
-    on_cuda = all(param.is_cuda for param in _parameters(optimizer))
-    why = obstacle(model, optimizer, ema) if on_cuda else "it needs a CUDA device"
-    library = None
-    if not why:
-        try:
-            library = load_library(LIBRARY)
-            with torch.cuda.device(_parameters(optimizer)[0].device):
-                why = _unfit(library)
-        except UserError as error:
-            why = str(error)
-    if library and not why:
-        return FusedUpdate(model, optimizer, ema, max_norm, library=library)
-    if fused is True:
-        raise UserError(f"optimizer.fused=true cannot be: {why} (or set optimizer.fused=false)")
-    if on_cuda and isinstance(optimizer, torch.optim.AdamW):
-        logger.info("the optimizer step is plain PyTorch: %s", why)
-    return PlainUpdate(model, optimizer, ema, max_norm)
-
-
-def obstacle(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, copies: Mapping[str, Tensor] | None = None
-) -> str:
-    """Why the fused update cannot take these, and what to do; "" where it can."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return f"it knows AdamW, not {type(optimizer).__name__}: set optimizer.name=adamw"
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) or group["amsgrad"] or group["maximize"]:
-            return "it knows neither amsgrad, maximize nor a learning rate on the device: leave them out"
-    names = {param: name for name, param in model.named_parameters()}
-    params = _parameters(optimizer)
-    if {names.get(param) for param in params} != ema.shadow.keys():
-        return "optimizer and EMA have different weights: give both all that is trained"
-    if len({param.device for param in params}) != 1:
-        return "the weights are on several devices: keep them on one"
-    for param in params:
-        if param.dtype != torch.float32:
-            return f"weight {names[param]} is {param.dtype}: keep weights in float32 (autocast)"
-    dtypes = {copy.dtype for copy in (copies or {}).values()}
-    if len(dtypes) > 1 or not dtypes <= set(_HALF):
-        return f"its copies are all bfloat16 or all float16, not {dtypes}"
-    return ""
+        return [_local(part) for part in (*parts, *([self.copies[name]] if name in self.copies else []))]
 
 
 @cache
 def load_library(path: Path) -> ctypes.CDLL:
-    """The compiled csrc/fused_update.cu; loads without a GPU too.
+    """A library with the interface of csrc/fused_update.h. Needs no GPU.
 
     Raises:
-        UserError: it is not there, does not load, or is of another version.
+        UserError: it is not there, does not load, or has another version of the interface.
     """
     if not path.exists():
-        raise UserError(f"its library is not built: {_BUILD}")
+        raise UserError(f"the fused step is not built: {_BUILD}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise UserError(f"its library does not load ({error}): {_BUILD}") from None
+        raise UserError(f"the fused step does not load ({error}): {_BUILD}") from None
     if library.tbcm_fused_version() != _VERSION:
-        raise UserError(f"its library is of another version of tbcm: {_BUILD}")
+        raise UserError(f"the fused step was built from another version of tbcm: {_BUILD}")
     pointer, integer, double = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
     library.tbcm_fused_begin.argtypes = [*[pointer] * 3, *[integer] * 2, *[double] * 5, *[pointer] * 2]
     library.tbcm_fused_update.argtypes = [*[pointer] * 3, *[integer] * 3, *[pointer] * 4]
@@ -253,51 +165,52 @@ def load_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _unfit(library: ctypes.CDLL) -> str:
-    """Why the library has no code for the current device, "" where it has."""
-    if code := library.tbcm_fused_check():
-        major, minor = torch.cuda.get_device_capability()
-        said = library.tbcm_fused_error(code).decode()
-        return f"its library does not fit this card ({said}): run `python csrc/build.py --arch {major}{minor}`"
-    return ""
+def _library_for(device: torch.device) -> ctypes.CDLL:
+    if device.type != "cuda":
+        raise UserError(f"the fused step needs a CUDA device: the weights are on {device.type}")
+    library = load_library(LIBRARY)
+    with torch.cuda.device(device):
+        if code := library.tbcm_fused_check():
+            major, minor = torch.cuda.get_device_capability()
+            build = f"run `python csrc/build.py --arch {major}{minor}`"
+            raise UserError(f"the fused step is not built for this card ({_explain(library, code)}): {build}")
+    return library
+
+
+def _explain(library: ctypes.CDLL, code: int) -> str:
+    return str(library.tbcm_fused_error(code).decode())
 
 
 @dataclass(frozen=True)
 class _Table:
+    """On the device, what csrc/fused_update.h calls Tensor, Step (room for it) and Chunk."""
+
     addresses: list[list[int]]
-    tensors: Tensor  # [T, 7] int64: csrc/fused_update.h: Tensor
-    steps: Tensor  # [T * bytes] uint8: Step
-    chunks: Tensor  # [N, 2] int32: Chunk
+    rows: Tensor  # [T, 7] int64
+    steps: Tensor  # bytes
+    chunks: Tensor  # [N, 2] int32
 
 
 def _make_table(addresses: list[list[int]], sizes: list[int], library: ctypes.CDLL, device: torch.device) -> _Table:
-    rows = [[*row, size] for row, size in zip(addresses, sizes, strict=True)]
+    rows = torch.tensor([[*row, size] for row, size in zip(addresses, sizes, strict=True)])
+    steps = torch.empty(len(rows) * library.tbcm_fused_step_bytes(), dtype=torch.uint8, device=device)
     counts = -(-torch.tensor(sizes) // library.tbcm_fused_chunk())
-    tensor = torch.repeat_interleave(counts)
-    index = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-    return _Table(
-        addresses,
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.empty(len(rows) * library.tbcm_fused_step_bytes(), dtype=torch.uint8, device=device),
-        torch.stack([tensor, index], 1).to(torch.int32).to(device),
-    )
+    owner = torch.repeat_interleave(counts)
+    index = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    return _Table(addresses, rows.to(device), steps, torch.stack([owner, index], 1).to(device, torch.int32))
 
 
-def _check_layout(name: str, row: list[Tensor | None]) -> None:
-    """A weight and what belongs to it are walked through in one order of memory."""
-    param, exp_avg, exp_avg_sq, step, shadow, copy = row
-    assert param is not None and step is not None
-    like = torch.empty_like(param, device="meta").stride()  # differs where the weight has gaps or overlaps
-    for part in (param, exp_avg, exp_avg_sq, shadow, copy):
-        if part is not None and (part.stride() != like or part.shape != param.shape or part.device != param.device):
-            raise UserError(f"weight {name} and its state differ in layout: set optimizer.fused=false")
+def _check_layout(
+    name: str, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, shadow: Tensor, *copy: Tensor
+) -> None:
+    """A weight and what belongs to it are walked through in one order of memory, without gaps."""
+    dense = torch.empty_like(param, device="meta").stride()
+    for part in (param, exp_avg, exp_avg_sq, shadow, *copy):
+        if part.shape != param.shape or part.stride() != dense or part.device != param.device:
+            raise UserError(f"weight {name} and its state differ in layout or device: set optimizer.fused=false")
     for part in (exp_avg, exp_avg_sq, step, shadow):
-        if part is not None and (part.dtype != torch.float32 or part.device != param.device):
-            raise UserError(f"the state of weight {name} is not float32 on {param.device}: set optimizer.fused=false")
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+        if part.dtype != torch.float32 or part.device != param.device:
+            raise UserError(f"weight {name} has state not in float32 on {param.device}: set optimizer.fused=false")
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -305,7 +218,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _gradient(param: Tensor) -> Tensor | None:
-    """The gradient in the order of the weight's memory (autograd and DDP nearly always give it so)."""
+    """This rank's gradient, in the weight's order of memory (in which autograd and DDP nearly always give it)."""
     if param.grad is None:
         return None
     if isinstance(param, DTensor) and isinstance(param.grad, DTensor) and param.grad.placements != param.placements:
@@ -317,5 +230,5 @@ def _gradient(param: Tensor) -> Tensor | None:
 
 
 def _gradient_address(gradient: Tensor | None) -> int | None:
-    """None: no gradient. An empty one has no address and is one all the same."""
+    """None where there is no gradient; an empty one is at 0 and yet there."""
     return None if gradient is None else gradient.data_ptr() or 1

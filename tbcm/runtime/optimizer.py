@@ -55,12 +55,16 @@ def clip_and_check(params: Iterable[Tensor], max_norm: float) -> tuple[Tensor, T
 
     Returns (norm before clipping, whether it is finite): fp32 and bool scalars on the device, never read on the host.
     """
-    params = [param for param in params if param.grad is not None]
-    norm = get_total_norm([param.grad for param in params if param.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    params = list(params)
+    norm = gradient_norm(params)
     clip_grads_with_norm_(params, max_norm, norm)
-    return norm.float(), norm.isfinite()
+    return norm, norm.isfinite()
+
+
+def gradient_norm(params: Iterable[Tensor]) -> Tensor:
+    """The global L2 norm of the gradients (of the whole ones, where they are sharded): fp32 scalar on the device."""
+    norm = get_total_norm([param.grad for param in params if param.grad is not None])
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
 
 
 def gated_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -76,6 +80,11 @@ def gated_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
         gated.step()
     finally:
         del gated.found_inf
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _numbers(
