@@ -112,7 +112,7 @@ class GuidedTeacher:
         null = self._null.expand(len(prepared))
         if self.null_mask == "conditional":
             null = Condition({**null.tensors, "mask": prepared.tensors["mask"]})
-        return self._in_precision(guided(self.net, prepared, null, guidance))
+        return self._in_precision(guided(self.net, prepared, null))
 
     def _in_precision(self, velocity: Velocity) -> Velocity:
         def answer(u: Tensor, t: Tensor) -> Tensor:

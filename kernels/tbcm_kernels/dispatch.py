@@ -40,6 +40,20 @@ def _from_environment() -> Mode:
 _mode: Mode = _from_environment()
 
 
+_without: frozenset[str] = frozenset()
+
+
+@contextmanager
+def without(*operators: str) -> Iterator[None]:
+    """Inside, these operators take their references: what a kernel gives is measured by leaving it out."""
+    global _without
+    before, _without = _without, _without | set(operators)
+    try:
+        yield
+    finally:
+        _without = before
+
+
 @contextmanager
 def using(mode: Mode) -> Iterator[None]:
     """Inside, operators take what `mode` says. Raises ValueError where triton was not imported to be interpreted."""
@@ -65,7 +79,7 @@ def fused(operator: str, *tensors: Tensor | None, unsupported: str | None = None
     (torch.func.jvp) the answer is no: a custom operator's tangent would be zero there, silently.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if _mode == "off" or not HAS_TRITON or forward_ad._current_level >= 0:
+    if _mode == "off" or not HAS_TRITON or operator in _without or forward_ad._current_level >= 0:
         return False
     if _mode == "on" and not all(tensor.is_cuda for tensor in given):
         return False

@@ -1,4 +1,8 @@
-"""The continuous-time consistency objective: tangent, r schedule, weighting, loss (paper Eq. 2-4, Algorithm 1)."""
+"""The continuous-time consistency objective: r schedule, direction of the derivative, weighting (paper Eq. 2-4).
+
+The tangent g (Eq. 4) and the weighted loss are fused operators, `tbcm_kernels.tangent` and `.consistency_loss`, which
+hold their formulas; `tbcm.method.tbcm` puts all together (Algorithm 1).
+"""
 
 from __future__ import annotations
 
@@ -45,22 +49,6 @@ def network_tangents(dxdt: Tensor, t: Tensor, sigma_data: float) -> tuple[Tensor
     return per_sample(cs, dxdt) * dxdt / sigma_data, cs
 
 
-def tangent(
-    F: Tensor, dF: Tensor, x: Tensor, dxdt: Tensor, t: Tensor, r: float, sigma_data: float, c: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    """The normalised tangent g [B, C, H, W] and its norm [B] before normalisation (paper Eq. 4, Algorithm 1).
-
-        g = -cos^2(t) (sigma_d F - dx/dt) - r (cos t sin t x_t + sigma_d dF),    g <- g / (||g|| + c)
-
-    `F` is the student's own prediction, detached; `dF` = cos t sin t dF/dt; the norm is over C, H, W. All fp32.
-    """
-    t = per_sample(t, x)
-    cos, sin = torch.cos(t), torch.sin(t)
-    g = -(cos**2) * (sigma_data * F - dxdt) - r * (cos * sin * x + sigma_data * dF)
-    norm = torch.linalg.vector_norm(g, dim=(1, 2, 3))
-    return g / (per_sample(norm, g) + c), norm
-
-
 def time_weight(t: Tensor, sigma_data: float) -> Tensor:
     """w(t) = 1 / (sigma_d tan t), the prior weighting of sCM. In fp32 pi/2 rounds up: 0 there, not a little below."""
     return torch.cos(t).clamp(min=0.0) / (sigma_data * torch.sin(t))
@@ -75,22 +63,3 @@ def logvar_prior(t: Tensor, dim: int, sigma_data: float) -> Tensor:
     harm was not separated; on the emoji teacher the student was ruined within 100 steps, and with this start is not.
     """
     return torch.log(time_weight(t, sigma_data).clamp(min=1e-6) / dim)
-
-
-def consistency_loss(
-    F: Tensor, g: Tensor, logvar: Tensor, t: Tensor, keep: Tensor, count: int, sigma_data: float
-) -> tuple[Tensor, Tensor]:
-    """The masked, adaptively weighted loss, and each sample's unweighted error [B] (detached).
-
-        sum over the batch of keep (w(t) e^{-logvar} / D ||F - sg(F) - g||^2 + logvar) / count,    D = C H W
-
-    `count` is the number of samples of the whole step, over ranks and micro-batches and dropped ones included, so that
-    parts add up to the whole and the filter never changes the step size of those that stay. Dropped samples are
-    selected away, before and not after the square, and not multiplied by 0: whatever their target holds, even NaN, they
-    contribute exactly nothing to the gradient.
-    """
-    residual = torch.where(per_sample(keep, F), F - F.detach() - g, 0.0)
-    error = residual.square().mean(dim=(1, 2, 3))
-    logvar = torch.where(keep, logvar, 0.0)
-    loss = (time_weight(t, sigma_data) * torch.exp(-logvar) * error + logvar).sum() / count
-    return loss, error.detach()

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tbcm_kernels.trigflow_step import trigflow_step
 from torch import Tensor
+from torch.nn import functional
 
-from tbcm.method.trigflow import rotate
 from tbcm.method.types import Condition, Network, Trajectory
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(u [P, C, H, W], t [P]) -> F [P, C, H, W]."""
+"""(u [P, C, H, W], t [P]) -> F [P, C, H, W], or [2 P, C, H, W]: without and with the condition, to be `combined`."""
 
 
-def guided(net: Network, condition: Condition, null: Condition, guidance: Tensor) -> Velocity:
-    """Classifier-free guidance, F = F_uncond + w (F_cond - F_uncond), both branches in one batch.
-
-    `condition` and `null` lead with P, `guidance` [P] is w.
-    """
+def guided(net: Network, condition: Condition, null: Condition) -> Velocity:
+    """Both branches of classifier-free guidance in one batch. `condition` and `null` lead with P."""
     both = Condition.cat(null, condition)
-    w = guidance.view(-1, 1, 1, 1)
+    return lambda u, t: net(torch.cat([u, u]), torch.cat([t, t]), both).F
 
-    def velocity(u: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = net(torch.cat([u, u]), torch.cat([t, t]), both).F.chunk(2)
-        return uncond + w * (cond - uncond)
 
-    return velocity
+def combined(F: Tensor, guidance: Tensor) -> Tensor:
+    """Classifier-free guidance, F_uncond + w (F_cond - F_uncond), w = `guidance` [P]; F of a single branch as it is."""
+    if F.shape[0] == guidance.shape[0]:
+        return F
+    uncond, cond = F.chunk(2)
+    return uncond + guidance.view(-1, 1, 1, 1) * (cond - uncond)
 
 
 def embedded(net: Network, condition: Condition, guidance: Tensor) -> Velocity:
@@ -45,9 +45,8 @@ def rollout(velocity: Velocity, noise: Tensor, t: Tensor, guidance: Tensor, sigm
     xs = noise.new_empty(prompts, points, *noise.shape[1:])
     dxdts = torch.empty_like(xs)
     x = noise
+    steps = t - functional.pad(t[:, 1:], (0, 1))
     for i in range(points):
-        dxdt = sigma_data * velocity(x / sigma_data, t[:, i]).float()
-        xs[:, i], dxdts[:, i] = x, dxdt
-        following = t[:, i + 1] if i + 1 < points else torch.zeros_like(t[:, i])
-        x = rotate(x, dxdt, t[:, i] - following)
+        F = velocity(x / sigma_data, t[:, i])
+        x = trigflow_step(F, x, guidance, steps[:, i], xs, dxdts, i, sigma_data)
     return Trajectory(xs, dxdts, t, x, guidance)

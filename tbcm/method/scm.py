@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm.method.rollout import Velocity
+from tbcm.method.rollout import Velocity, combined
 from tbcm.method.trigflow import renoise
 from tbcm.method.types import Trajectory
 
@@ -26,5 +26,5 @@ def scm_trajectory(
     `velocity` was made with; all fp32.
     """
     x = renoise(x0, z, t)
-    dxdt = sigma_data * velocity(x / sigma_data, t).float()
+    dxdt = sigma_data * combined(velocity(x / sigma_data, t), guidance).float()
     return Trajectory(x[:, None], dxdt[:, None], t[:, None], x0, guidance)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from tbcm_kernels.consistency_loss import consistency_loss
+from tbcm_kernels.tangent import tangent
 from torch import Tensor
 
-from tbcm.method.consistency import consistency_loss, logvar_prior, network_tangents, tangent
+from tbcm.method.consistency import logvar_prior, network_tangents
 from tbcm.method.types import Condition, Network, Trajectory
 
 

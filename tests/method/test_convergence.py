@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import AnalyticStudent, Gaussian, random_condition
+from tbcm_kernels.tangent import tangent
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tbcm.method.consistency import network_tangents, tangent
+from tbcm.method.consistency import network_tangents
 from tbcm.method.rollout import rollout
 from tbcm.method.route import reference_route
 from tbcm.method.tbcm import first_training_point, tbcm_loss

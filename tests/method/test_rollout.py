@@ -6,7 +6,7 @@ import torch
 from helpers import Gaussian, random_condition
 from torch import Tensor
 
-from tbcm.method.rollout import embedded, guided, rollout
+from tbcm.method.rollout import combined, embedded, guided, rollout
 from tbcm.method.types import Condition, Prediction
 
 HALF_PI = math.pi / 2
@@ -100,7 +100,7 @@ def test_guidance_extrapolates_from_the_null_prompt() -> None:
     u, t = noise(3), descending(3)
     condition, null = random_condition(3), random_condition(3, seed=9)
     w = torch.tensor([0.0, 1.0, 4.5])
-    F = guided(conditional, condition, null, w)(u, t)
+    F = combined(guided(conditional, condition, null)(u, t), w)
     cond, uncond = conditional(u, t, condition).F, conditional(u, t, null).F
     torch.testing.assert_close(F, uncond + w[:, None, None, None] * (cond - uncond))
     torch.testing.assert_close(F[0], uncond[0])
