@@ -62,6 +62,7 @@ def test_under_forward_differentiation_pytorch_differentiates(kernels: torch.dev
 
     x, dx = torch.tensor([2.0], device=kernels), torch.tensor([1.0], device=kernels)
     assert cube(x).isnan()
+
     def slope(x: Tensor, dx: Tensor) -> Tensor:
         return torch.func.jvp(cube, (x,), (dx,))[1]
 

@@ -1,0 +1,404 @@
+"""Sana's self-attention core, plain and dual: RMSNorm of queries and keys over the whole width, ReLU, linear attention.
+
+With the scale r = 1 / rms(k) of each key token, a norm's weights w, and per head u = relu(w_q q), a = relu(w_k k) r:
+
+    S = sum_k a v^T,   z = sum_k a,   out = u S / (u z + guard)
+
+and for tangents dr = -r^3 mean(k dk), da = [a > 0] w_k (r dk + dr k), du = [u > 0] w_q dq:
+
+    dS = sum_k da v^T + a dv^T,   dz = sum_k da,   dout = (du S + u dS - out (du z + u dz)) / (u z + guard)
+
+A query's own scale cancels: it multiplies numerator and divisor alike, and its tangent moves a query along itself. It
+matters to the guard alone, which is 1e-15 behind a norm and therefore 1e-15 rms(q) here. The rms is that of the head's
+channels, not of all: it tells where u z is 1e-15 of q's size, that is of nothing. So queries are read once.
+
+Three kernels: r and dr; S and z of chunks of tokens, which PyTorch adds; out. Of n = B T D numbers the plain operator
+reads k twice, q and v once, and writes out: 5 n; the dual 10 n (and 9 n backward), against 4 n and 8 n (and 7 n) at
+least. S and z are fp32. Of half-precision tensors, products are of tf32 numbers, rounded to the nearest: q, k and v are
+such numbers (their weights' signs go through the ReLU, the weights' sizes are S's), S is taken in two parts, and a and
+da alone are rounded, in S and z alike: out is that of keys which differ by 2^-12. Saved for backward: the inputs, r, S
+and z.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tbcm_kernels import dispatch
+from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
+from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.linear_attention_backward import (
+    CHUNK,
+    attend,
+    constants,
+    linear_attention_backward,
+    load_norm,
+    load_state,
+    load_tile,
+    load_tokens,
+    product,
+    relu,
+    rounded,
+    rows,
+    state_product,
+    store_state,
+    store_tile,
+)
+
+SMALLEST_HEAD, LARGEST_HEAD = 16, 64
+"""Columns. A tensor core's least; of 128 the states, in two parts each, are more than shared memory holds."""
+
+
+def linear_attention(
+    query: Dual,
+    key: Dual,
+    value: Dual,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    eps: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> Dual:
+    """ReLU linear attention over tokens, [B, T, D] each, of normalised queries and keys.
+
+    `norm_q`, `norm_k` [D]: weights of RMSNorms over D, with `eps` added to the mean square (None: no norm). The result
+    [B, T, D] is computed in fp32 and stored as `dtype`; it has a tangent where all three have one.
+    """
+    (q, dq), (k, dk), (v, dv) = query, key, value
+    unsupported = _unsupported(q, k, v, norm_q, eps, heads)
+    if not dispatch.fused("linear_attention", q, k, v, dq, dk, dv, norm_q, norm_k, unsupported=unsupported):
+        return reference(query, key, value, norm_q, norm_k, eps, heads, dtype)
+    if dq is None or dk is None or dv is None:
+        return _plain(q, k, v, norm_q, norm_k, eps, heads, dtype)[0], None
+    tangents = dq.detach(), dk.detach(), dv.detach()
+    out, tangent, _, _ = _dual(q, k, v, *tangents, norm_q, norm_k, eps, heads, dtype)
+    return out, tangent
+
+
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor | None, eps: float, heads: int) -> str | None:
+    dim = q.shape[-1] // heads
+    if not SMALLEST_HEAD <= dim <= LARGEST_HEAD:
+        return f"heads of {dim} columns, not {SMALLEST_HEAD} to {LARGEST_HEAD}"
+    if not q.shape == k.shape == v.shape or q.dim() != 3:
+        return f"queries {list(q.shape)} with keys {list(k.shape)} and values {list(v.shape)}"
+    if norm_q is not None and eps <= 0:
+        return f"a norm with eps of {eps}"
+    return None
+
+
+def reference(
+    query: Dual,
+    key: Dual,
+    value: Dual,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    eps: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> Dual:
+    """`linear_attention` in plain PyTorch, in fp32 whatever autocast says: in fp16 the divisor's guard, 1e-15, would be
+    0, and a query whose ReLU is all zero would become NaN."""
+    with torch.autocast(query[0].device.type, enabled=False):
+        q, k = (
+            functional.relu(_heads(_normalised(_wide(x[0]), norm, eps), heads))
+            for x, norm in ((query, norm_q), (key, norm_k))
+        )
+        v = functional.pad(_heads(_wide(value[0]), heads), (0, 1), value=1.0)  # the last column sums the weights
+        state = k.mT @ v
+        sums = q @ state
+        divisor = sums[..., -1:] + 1e-15
+        out = sums[..., :-1] / divisor
+        tokens = _tokens(out).to(dtype)
+        if query[1] is None or key[1] is None or value[1] is None:
+            return tokens, None
+        with torch.no_grad():
+            dq = _heads(_normalised_tangent(query[0], query[1], norm_q, eps), heads) * (q > 0)
+            dk = _heads(_normalised_tangent(key[0], key[1], norm_k, eps), heads) * (k > 0)
+            dv = functional.pad(_heads(_wide(value[1]), heads), (0, 1))
+            dsums = dq @ state + q @ (dk.mT @ v + k.mT @ dv)
+            dout = (dsums[..., :-1] - out * dsums[..., -1:]) / divisor
+            return tokens, _tokens(dout).to(dtype)
+
+
+def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _normalised_tangent(x: Tensor, dx: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """n = x / rms: dn = (dx - n mean(n dx)) / rms."""
+    x, dx = _wide(x), _wide(dx)
+    if weight is None:
+        return dx
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    n = x * scale
+    return scale * (dx - n * (n * dx).mean(-1, keepdim=True)) * weight
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, D] -> [B, heads, T, D / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, heads, T, d] -> [B, T, heads d]."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+@jit
+def _scale_kernel(
+    key, tangent, scale, dscale, count, stride, tangent_stride,
+    DUAL: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """r, and dr, of ROWS tokens."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = t.to(tl.int64)[:, None]
+    squares = tl.zeros([ROWS, BLOCK], WIDE)
+    products = tl.zeros([ROWS, BLOCK], WIDE)
+    for start in range(0, WIDTH, BLOCK):
+        c = start + tl.arange(0, BLOCK)[None, :]
+        mask = (t[:, None] < count) & (c < WIDTH)
+        k = tl.load(key + row * stride + c, mask=mask, other=0.0).to(WIDE)
+        squares += k * k
+        if DUAL:
+            products += k * tl.load(tangent + row * tangent_stride + c, mask=mask, other=0.0).to(WIDE)
+    r = 1.0 / tl.sqrt(tl.sum(squares, 1) / WIDTH + EPS)
+    tl.store(scale + t, r, mask=t < count)
+    if DUAL:
+        tl.store(dscale + t, -r * r * (r * tl.sum(products, 1) / WIDTH), mask=t < count)  # r^3 could be too small
+
+
+@jit
+def _state_kernel(
+    key, dkey, value, dvalue, norm, scale, dscale, state, dstate,
+    tokens, key_stride, dkey_stride, value_stride, dvalue_stride,
+    DUAL: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """S and z, and their tangents, of a chunk of tokens of a head."""
+    head, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
+    s = tl.zeros([BLOCK_C, BLOCK_C], WIDE)
+    z = tl.zeros([BLOCK_T, BLOCK_C], WIDE)
+    ds, dz = s, z
+    for start in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens), BLOCK_T):
+        row, count = sample * tokens + start, tokens - start
+        k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
+        v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        a = relu(k)
+        if norm is not None:
+            r = load_tokens(scale, row, count, BLOCK_T)
+            a = r[:, None] * a
+        a = rounded(a, TF32)
+        s = product(tl.trans(a), v, s, TF32)
+        z += a
+        if DUAL:
+            da = load_tile(dkey, dkey_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
+            dv = load_tile(dvalue, dvalue_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+            if norm is not None:
+                dr = load_tokens(dscale, row, count, BLOCK_T)
+                da = r[:, None] * da + dr[:, None] * k
+            da = rounded(tl.where(k > 0, da, 0.0), TF32)
+            ds = product(tl.trans(da), v, ds, TF32)
+            ds = product(tl.trans(a), dv, ds, TF32)
+            dz += da
+    index = (sample * tl.num_programs(1) + chunk) * HEADS + head
+    store_state(state, index, s, tl.sum(z, 0), size, DIM, BLOCK_C)
+    if DUAL:
+        store_state(dstate, index, ds, tl.sum(dz, 0), size, DIM, BLOCK_C)
+
+
+@jit
+def _output_kernel(
+    query, dquery, norm, state, dstate, out, dout, tokens, query_stride, dquery_stride,
+    DUAL: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
+    TF32: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens of a head."""
+    head, start, sample = tl.program_id(0), tl.program_id(1) * BLOCK_T, tl.program_id(2).to(tl.int64)
+    row, count = sample * tokens + start, tokens - start
+    sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
+    s, z = load_state(state, sample * HEADS + head, size, DIM, BLOCK_C)
+    q = load_tile(query, query_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    u, divisor, y = attend(q, sign, s, z, norm is not None, EPS, DIM, TF32)
+    store_tile(out, y, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+    if DUAL:
+        ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
+        dq = load_tile(dquery, dquery_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        du = tl.where(u > 0, dq * sign[None, :], 0.0)
+        dy = state_product(du, s, TF32) + state_product(u, ds, TF32)
+        dy -= y * tl.sum(du * z[None, :] + u * dz[None, :], 1)[:, None]
+        store_tile(dout, dy / divisor[:, None], HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+
+
+def _run(
+    values: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, Tensor, Tensor] | None,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    eps: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """out and its tangent [B, T, D], key's scale [B, T] and the state [B, heads, d + 1, d], z in its last row."""
+    batch, tokens, width = values[0].shape
+    q, k, v = (rows(x) for x in values)
+    dq, dk, dv = (None, None, None) if tangents is None else (rows(x) for x in tangents)
+    dual = tangents is not None
+    looped, single = (constants(*values, heads, loop=loop) for loop in (True, False))
+    out, scale, state = _fake(values[0], norm_k, heads, dtype)
+    dout, dscale = (torch.empty_like(out), torch.empty_like(scale)) if dual else (None, None)
+    if norm_k is not None:
+        launch(
+            _scale_kernel, (triton.cdiv(batch * tokens, 8),),
+            k, dk, scale, dscale, batch * tokens, k.stride(0), _stride(dk),
+            DUAL=dual, WIDTH=width, EPS=eps, WIDE=single["WIDE"], ROWS=8, BLOCK=256,
+        )  # fmt: skip
+    chunks = triton.cdiv(tokens, CHUNK)
+    state = state.new_empty(batch, chunks, *state.shape[1:])
+    dstate = torch.empty_like(state) if dual else None
+    launch(
+        _state_kernel, (heads, chunks, batch),
+        k, dk, v, dv, norm_k, scale, dscale, state, dstate,
+        tokens, k.stride(0), _stride(dk), v.stride(0), _stride(dv),
+        DUAL=dual, CHUNK=CHUNK, **looped,
+    )  # fmt: skip
+    state, dstate = state.sum(1), None if dstate is None else dstate.sum(1)
+    launch(
+        _output_kernel, (heads, triton.cdiv(tokens, single["BLOCK_T"]), batch),
+        q, dq, norm_q, state, dstate, out, dout, tokens, q.stride(0), _stride(dq),
+        DUAL=dual, EPS=eps, **single,
+    )  # fmt: skip
+    return out, dout, scale, state
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _fake(query: Tensor, norm_k: Tensor | None, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, width = query.shape
+    wide, dim = torch.promote_types(query.dtype, torch.float32), width // heads
+    scale = query.new_empty((batch, tokens) if norm_k is not None else (0,), dtype=wide)
+    return query.new_empty(query.shape, dtype=dtype), scale, query.new_empty(batch, heads, dim + 1, dim, dtype=wide)
+
+
+@torch.library.custom_op("tbcm::linear_attention", mutates_args=())
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    eps: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, _, scale, state = _run((query, key, value), None, norm_q, norm_k, eps, heads, dtype)
+    return out, scale, state
+
+
+@torch.library.custom_op("tbcm::linear_attention_dual", mutates_args=())
+def _dual(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    eps: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tangents = dquery, dkey, dvalue
+    out, dout, scale, state = _run((query, key, value), tangents, norm_q, norm_k, eps, heads, dtype)
+    assert dout is not None
+    return out, dout, scale, state
+
+
+@_plain.register_fake
+def _(query, key, value, norm_q, norm_k, eps, heads, dtype):
+    return _fake(query, norm_k, heads, dtype)
+
+
+@_dual.register_fake
+def _(query, key, value, dquery, dkey, dvalue, norm_q, norm_k, eps, heads, dtype):
+    out, scale, state = _fake(query, norm_k, heads, dtype)
+    return out, torch.empty_like(out), scale, state
+
+
+def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.heads, _ = inputs
+    _, scale, state = output
+    ctx.mark_non_differentiable(scale, state)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, scale, state)
+
+
+def _save_dual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, dout, scale, state = output
+    _save_plain(ctx, (*inputs[:3], *inputs[6:]), (out, scale, state))
+    ctx.mark_non_differentiable(dout, scale, state)
+
+
+def _plain_backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return (None,) * 8
+    gradients = iter(linear_attention_backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.heads))
+    return *(None if x is None else next(gradients) for x in ctx.saved_tensors[:5]), None, None, None
+
+
+def _dual_backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    gradients = _plain_backward(ctx, gradient)
+    return *gradients[:3], None, None, None, *gradients[3:]
+
+
+_plain.register_autograd(_plain_backward, setup_context=_save_plain)
+_dual.register_autograd(_dual_backward, setup_context=_save_dual)
+
+
+def inputs(size: Size, dtype: torch.dtype, device: torch.device, tangents: bool) -> tuple[Any, ...]:
+    def normal() -> Tensor:
+        return torch.randn(size.samples, size.tokens, size.dim, device=device, dtype=dtype)
+
+    query, key, value = ((normal().requires_grad_(), normal() if tangents else None) for _ in range(3))
+    norm_q, norm_k = (torch.rand(size.dim, device=device).add_(0.5).requires_grad_() for _ in range(2))
+    return query, key, value, norm_q, norm_k, 1e-5, size.heads, dtype
+
+
+def cost(query: Dual, key: Dual, value: Dual, *others: Any) -> Cost:
+    """Two products, with the state's d columns and the weights' sum; of tangents, two more each."""
+    norm_q, norm_k, _, heads, dtype = others
+    duals = 1 if query[1] is None else 2
+    outs = duals * query[0].numel() * dtype.itemsize
+    products = 2 if duals == 1 else 6
+    return Cost(products * _product(query[0], heads), nbytes(*query, *key, *value, norm_q, norm_k) + outs)
+
+
+def backward_cost(query: Dual, key: Dual, value: Dual, *others: Any) -> Cost:
+    """Five products: out again, and the gradients of queries, keys, values and the state. The tangent has none."""
+    norm_q, norm_k, _, heads, dtype = others
+    gradient = query[0].numel() * dtype.itemsize
+    return Cost(5 * _product(query[0], heads), 2 * nbytes(query[0], key[0], value[0], norm_q, norm_k) + gradient)
+
+
+def _product(query: Tensor, heads: int) -> int:
+    """Operations of a product of all tokens with the state and the sum of weights."""
+    return 2 * query.numel() * (query.shape[-1] // heads + 1)
+
+
+OPERATOR = Operator(
+    "linear_attention", run=linear_attention, reference=reference, inputs=inputs, cost=cost, backward_cost=backward_cost
+)

@@ -1,0 +1,280 @@
+"""Gradients of `linear_attention`, and what its kernels share: their tiles, and the precision of their products.
+
+In the terms of `tbcm_kernels.linear_attention`, with g the gradient of out, h = g / (u z + guard) and e = -sum(h out):
+
+    of u: h S^T + e z,      of S: dS = sum_q u^T h,      of z: dz = sum_q e u
+    of a: v dS^T + dz,      of v: a dS
+
+One kernel goes over the queries (dq, and partial sums of dS and dz over chunks of tokens), a second over the keys and
+values. Key's norm runs across heads: before the second, another sums over channels what reaches each token's scale.
+Query's norm needs no such sum, as out does not depend on the length of a query.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm_kernels.launch import jit, launch, tl, triton, wide
+
+CHUNK = 256  # tokens that a program adds up: sums over tokens do not depend on the batch
+
+
+def constants(query: Tensor, key: Tensor, value: Tensor, heads: int, *, loop: bool) -> dict[str, Any]:
+    """The compile-time arguments that kernels take: for one that goes over a chunk and keeps a state in registers
+    (`loop`), or for one of a block of tokens. The same for the plain and the dual operator, whose values are equal in
+    all bits."""
+    dim = query.shape[-1] // heads
+    columns = max(16, triton.next_power_of_2(dim))
+    return {
+        "HEADS": heads,
+        "DIM": dim,
+        "BLOCK_T": max(16, (1024 if loop else 2048) // columns),
+        "BLOCK_C": columns,
+        "WIDE": wide(query.dtype),
+        "TF32": all(x.element_size() == 2 for x in (query, key, value)),
+        "num_warps": 4 if columns <= 32 else 8,
+    }
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, T, D] -> [B T, D], a view where rows are contiguous and equally spaced."""
+    x = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("tbcm::linear_attention_backward", mutates_args=())
+def linear_attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    scale: Tensor,
+    state: Tensor,
+    eps: float,
+    heads: int,
+) -> list[Tensor]:
+    """Gradients of query, key, value, and of those of norm_q and norm_k that there are, given the gradient of out and
+    what the operator saved: key's scale [B, T] and the state [B, heads, d + 1, d]."""
+    batch, tokens, width = query.shape
+    g, q, k, v = rows(gradient), rows(query), rows(key), rows(value)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
+    looped, single = (constants(query, key, value, heads, loop=loop) for loop in (True, False))
+    chunks, blocks = triton.cdiv(tokens, CHUNK), triton.cdiv(tokens, single["BLOCK_T"])
+    dstate = state.new_empty(batch, chunks, *state.shape[1:])
+    dnorm_q = None if norm_q is None else state.new_empty(batch * chunks, width)
+    dnorm_k = None if norm_k is None else state.new_empty(batch * blocks, width)
+    dscale = None if norm_k is None else state.new_empty(batch, heads, tokens)
+    launch(
+        _query_backward_kernel, (heads, chunks, batch),
+        g, q, norm_q, state, dq, dstate, dnorm_q, tokens, g.stride(0), q.stride(0),
+        EPS=eps, CHUNK=CHUNK, **looped,
+    )  # fmt: skip
+    dstate = dstate.sum(1)
+    if dscale is not None:
+        launch(
+            _scale_backward_kernel, (heads, blocks, batch),
+            k, v, norm_k, dstate, dscale, tokens, k.stride(0), v.stride(0), **single,
+        )  # fmt: skip
+        dscale = dscale.sum(1)
+    launch(
+        _key_backward_kernel, (heads, blocks, batch),
+        k, v, norm_k, scale, dscale, dstate, dk, dv, dnorm_k, tokens, k.stride(0), v.stride(0), **single,
+    )  # fmt: skip
+    # What kernels leave is weight x gradient. Where a weight is zero nothing passes the ReLU.
+    norms = [
+        torch.where(weight == 0, 0, partials.sum(0) / weight).to(weight.dtype)
+        for weight, partials in ((norm_q, dnorm_q), (norm_k, dnorm_k))
+        if weight is not None and partials is not None
+    ]
+    return [dq, dk, dv, *norms]
+
+
+@linear_attention_backward.register_fake
+def _(gradient, query, key, value, norm_q, norm_k, scale, state, eps, heads):
+    return [x.new_empty(x.shape) for x in (query, key, value, norm_q, norm_k) if x is not None]
+
+
+@jit
+def load_tile(base, stride, row, count, head, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+              WIDE: tl.constexpr):  # fmt: skip
+    """A head's columns of `count` rows from `row`: zero beyond them."""
+    t, c = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    return tl.load(base + (row + t) * stride + head * DIM + c, mask=(t < count) & (c < DIM), other=0.0).to(WIDE)
+
+
+@jit
+def store_tile(base, x, stride, row, count, head, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    t, c = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    at = base + (row + t) * stride + head * DIM + c
+    tl.store(at, x.to(base.dtype.element_ty), mask=(t < count) & (c < DIM))
+
+
+@jit
+def load_tokens(base, row, count, BLOCK_T: tl.constexpr):
+    t = tl.arange(0, BLOCK_T)
+    return tl.load(base + row + t, mask=t < count, other=0.0)
+
+
+@jit
+def load_norm(norm, head, DIM: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    """Signs and sizes of a head's weights; without a norm, ones."""
+    c = tl.arange(0, BLOCK_C)
+    if norm is None:
+        weight = tl.full([BLOCK_C], 1.0, WIDE)
+    else:
+        weight = tl.load(norm + head * DIM + c, mask=c < DIM, other=0.0).to(WIDE)
+    sign = tl.where(weight > 0, 1.0, tl.where(weight < 0, -1.0, 0.0)).to(WIDE)
+    return sign, tl.abs(weight)
+
+
+@jit
+def load_state(base, index, size, DIM: tl.constexpr, BLOCK_C: tl.constexpr):
+    """S (rows are k's channels, columns v's) and z of the `index`-th head, k's channels times `size`."""
+    c = tl.arange(0, BLOCK_C)
+    i, j = c[:, None], c[None, :]
+    at = base + index * ((DIM + 1) * DIM)
+    state = tl.load(at + i * DIM + j, mask=(i < DIM) & (j < DIM), other=0.0)
+    sums = tl.load(at + DIM * DIM + c, mask=c < DIM, other=0.0)
+    return state * size[:, None], sums * size
+
+
+@jit
+def store_state(base, index, state, sums, size, DIM: tl.constexpr, BLOCK_C: tl.constexpr):
+    c = tl.arange(0, BLOCK_C)
+    i, j = c[:, None], c[None, :]
+    at = base + index * ((DIM + 1) * DIM)
+    tl.store(at + i * DIM + j, state * size[:, None], mask=(i < DIM) & (j < DIM))
+    tl.store(at + DIM * DIM + c, sums * size, mask=c < DIM)
+
+
+@jit
+def rounded(x, TF32: tl.constexpr):
+    """To the nearest of tf32's numbers, where a product would cut x off. NaN stays."""
+    if TF32:
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        return tl.where(x == x, (bits & -0x2000).to(tl.float32, bitcast=True), x)
+    return x
+
+
+@jit
+def product(x, y, acc, TF32: tl.constexpr):
+    """acc + x y: of tf32 numbers, or as good as in fp32."""
+    if TF32:
+        return tl.dot(x, y, acc, input_precision="tf32", out_dtype=acc.dtype)
+    return tl.dot(x, y, acc, input_precision="tf32x3", out_dtype=acc.dtype)
+
+
+@jit
+def state_product(x, state, TF32: tl.constexpr):
+    """x S, of S in two tf32 parts, so that its error is fp32's: x should be a tf32 number."""
+    acc = tl.zeros([x.shape[0], state.shape[1]], x.dtype)
+    if TF32:
+        high = rounded(state, TF32)
+        acc = product(x, rounded(state - high, TF32), acc, TF32)
+        return product(x, high, acc, TF32)
+    return product(x, state, acc, TF32)
+
+
+@jit
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)  # NaN stays
+
+
+@jit
+def attend(q, sign, state, sums, NORMED: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, TF32: tl.constexpr):
+    """u, the divisor u z + guard, and out."""
+    u = relu(q * sign[None, :])
+    divisor = tl.sum(u * sums[None, :], 1)
+    if NORMED:
+        divisor += 1e-15 * tl.sqrt(tl.sum(q * q, 1) / DIM + EPS)
+    else:
+        divisor += 1e-15
+    return u, divisor, state_product(u, state, TF32) / divisor[:, None]
+
+
+@jit
+def _query_backward_kernel(
+    gradient, query, norm, state, dquery, dstate, dnorm, tokens, gradient_stride, query_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A chunk of tokens of a head: dq, and the chunk's part of the gradients of the state and of the norm's weights."""
+    head, chunk, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
+    s, z = load_state(state, sample * HEADS + head, size, DIM, BLOCK_C)
+    ds = tl.zeros([BLOCK_C, BLOCK_C], WIDE)
+    dz = tl.zeros([BLOCK_T, BLOCK_C], WIDE)
+    dw = tl.zeros([BLOCK_T, BLOCK_C], WIDE)
+    for start in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens), BLOCK_T):
+        row, count = sample * tokens + start, tokens - start
+        q = load_tile(query, query_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        g = load_tile(gradient, gradient_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        u, divisor, out = attend(q, sign, s, z, norm is not None, EPS, DIM, TF32)
+        h = rounded(g / divisor[:, None], TF32)
+        e = -tl.sum(h * out, 1)  # of the rounded h: where all keys are alike the two terms of du still cancel
+        du = tl.where(u > 0, state_product(h, tl.trans(s), TF32) + e[:, None] * z[None, :], 0.0)
+        store_tile(dquery, du * sign[None, :], HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+        ds = product(tl.trans(u), h, ds, TF32)
+        dz += u * e[:, None]
+        if norm is not None:
+            dw += u * du
+    place = sample * tl.num_programs(1) + chunk
+    # The state holds k's norm alone: of u, `size` was lent to it.
+    store_state(dstate, place * HEADS + head, ds, tl.sum(dz, 0), size, DIM, BLOCK_C)
+    if norm is not None:
+        c = tl.arange(0, BLOCK_C)
+        tl.store(dnorm + (place * HEADS + head) * DIM + c, tl.sum(dw, 0), mask=c < DIM)
+
+
+@jit
+def _scale_backward_kernel(
+    key, value, norm, dstate, dscale, tokens, key_stride, value_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A head's part [B, heads, T] of the gradient of key's scale."""
+    head, start, sample = tl.program_id(0), tl.program_id(1) * BLOCK_T, tl.program_id(2).to(tl.int64)
+    row, count = sample * tokens + start, tokens - start
+    sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
+    ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
+    k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    da = state_product(v, tl.trans(ds), TF32) + dz[None, :]
+    t = tl.arange(0, BLOCK_T)
+    at = dscale + (sample * HEADS + head) * tokens + start + t
+    tl.store(at, tl.sum(relu(k * sign[None, :]) * da, 1), mask=t < count)
+
+
+@jit
+def _key_backward_kernel(
+    key, value, norm, scale, dscale, dstate, dkey, dvalue, dnorm, tokens, key_stride, value_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens of a head: dk and dv, and the block's part of the gradient of the norm's weights."""
+    head, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = block * BLOCK_T
+    row, count = sample * tokens + start, tokens - start
+    sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
+    ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
+    k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    a = relu(k * sign[None, :])
+    da = tl.where(a > 0, state_product(v, tl.trans(ds), TF32) + dz[None, :], 0.0)
+    dk = da * sign[None, :]
+    dv = state_product(a, ds, TF32)
+    if norm is not None:
+        r = load_tokens(scale, row, count, BLOCK_T)
+        slope = r * r * (r * load_tokens(dscale, row, count, BLOCK_T) / (HEADS * DIM))  # r^3 could be too small
+        dk = r[:, None] * dk - slope[:, None] * k
+        dv = r[:, None] * dv
+        c = tl.arange(0, BLOCK_C)
+        at = dnorm + (sample * tl.num_programs(1) + block) * (HEADS * DIM) + head * DIM + c
+        tl.store(at, tl.sum(r[:, None] * a * da, 0), mask=c < DIM)
+    store_tile(dkey, dk, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+    store_tile(dvalue, dv, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
