@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -21,35 +20,38 @@ from tbcm.trainer import Trainer, peak_memory_gib
 def dry_run(config: Config, device_name: str | None) -> None:
     """Takes one step of the configured run and prints parameters, FLOPs and peak memory.
 
-    With a GPU the step is real. Without one it runs on tensors without data (PyTorch's meta device, behind fake
-    tensors); memory is then the sum of live tensors, not a measurement. Rollouts that follow one another in a step cost
-    the same: one is run, the gradients it adds to being there from the start, and its FLOPs are multiplied.
+    FLOPs are counted in an eager step on tensors without data (PyTorch's meta device, behind fake tensors), where no
+    compiled graph or kernel hides a product. With a GPU a real step gives the memory; without one it is the sum of the
+    live tensors, not a measurement. Rollouts that follow one another in a step cost the same: one is run, the gradients
+    it adds to being there from the start, and its FLOPs are multiplied.
     Where the teacher is not on this machine its architecture gets random weights, which cost the same.
     """
     device = distributed.init(device_name)
     config, rollouts = _one_rollout(config)
-    parts, source = _parts_or_random(config, device) if device.type == "cuda" else (None, "random weights")
-    with ExitStack() as stack:
-        if device.type == "cpu":
-            config = as_on_a_gpu(config)
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        counter = stack.enter_context(CostCounter())
-        trainer = Trainer(config, device, parts or random_parts(config, device))
-        if rollouts > 1:
-            for parameter in trainer.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        trainer = _trainer(as_on_a_gpu(eager(config)), torch.device("cpu"), None, rollouts)
         resident, flops = counter.live, counter.flops
         trainer.train_step()
-        flops = counter.flops - flops
+    flops, source = counter.flops - flops, "random weights"
+    memory = (
+        f"{counter.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
+        " tensors on the meta device, in the precision of a GPU)"
+    )
     if device.type == "cuda":
+        parts, source = _parts_or_random(config, device)
+        trainer = _trainer(config, device, parts, rollouts)
+        trainer.train_step()
         torch.cuda.synchronize(device)
-        cost = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
-    else:
-        cost = (
-            f"{counter.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
-            " tensors on the meta device, in the precision of a GPU)"
-        )
-    print(report(trainer, rollouts, source, flops, cost))
+        memory = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
+    print(report(trainer, rollouts, source, flops, memory))
+
+
+def _trainer(config: Config, device: torch.device, parts: Parts | None, rollouts: int) -> Trainer:
+    trainer = Trainer(config, device, parts or random_parts(config, device))
+    if rollouts > 1:
+        for parameter in trainer.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    return trainer
 
 
 def _one_rollout(config: Config) -> tuple[Config, int]:
@@ -99,6 +101,13 @@ def as_on_a_gpu(config: Config) -> Config:
         if section.precision == "auto"
     }
     return config.model_copy(update=update)
+
+
+def eager(config: Config) -> Config:
+    """The same, but neither compiled nor captured."""
+    teacher = config.teacher.model_copy(update={"compile": False, "cuda_graph": False})
+    student = config.student.model_copy(update={"compile": False})
+    return config.model_copy(update={"teacher": teacher, "student": student})
 
 
 def _parameters(model: nn.Module) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tbcm_kernels.catalog import Dual
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-
-from tbcm.models.dual import Dual
 
 aten = torch.ops.aten
 

@@ -13,14 +13,16 @@ from typing import Literal
 import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
+from tbcm_kernels.catalog import Dual
+from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
-from tbcm.models.dual import Dual, dual, modulate, tangent_rule
+from tbcm.models.dual import activations_dtype, dual, tangent_rule
 from tbcm.models.fold import fold_options
-from tbcm.models.sana_block import KeysValues, SanaBlock
+from tbcm.models.sana_block import KeysValues, SanaBlock, plain_norm
 from tbcm.models.tangent import push
 
 TangentMode = Literal["one_pass", "two_pass"]
@@ -197,7 +199,8 @@ class SanaTrigFlow(nn.Module):
         net, p = self.backbone, self.backbone.config.patch_size
         table = net.scale_shift_table
         shift, scale = (((table[i] + emb[0])[:, None], None if emb[1] is None else emb[1][:, None]) for i in (0, 1))
-        h = dual(net.proj_out, modulate(dual(net.norm_out.norm, h), shift, scale))
+        eps = plain_norm(net.norm_out.norm)
+        h = dual(net.proj_out, norm_modulate(h, shift, scale, eps, activations_dtype(h[0])))
         height, width = u[0].shape[-2] // p, u[0].shape[-1] // p
 
         def output(h: Tensor, u: Tensor, t: Tensor) -> Tensor:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv, SanaTransformerBlock
+from tbcm_kernels.catalog import Dual
+from tbcm_kernels.cross_attention import cross_attention
+from tbcm_kernels.gated_residual import gated_residual, residual_norm_modulate
+from tbcm_kernels.glu_depthwise import glu_depthwise
+from tbcm_kernels.linear_attention import linear_attention
+from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 
-from tbcm.models.dual import (
-    Dual,
-    add,
-    cross_attention,
-    dual,
-    gated_residual,
-    glu,
-    linear_attention,
-    modulate,
-    pointwise,
-)
+from tbcm.models.dual import activations_dtype, dual, pointwise
 
 KeysValues = tuple[Tensor, Tensor]
 """A layer's cross-attention keys and values of P prompts, [P, L, D] each."""
@@ -52,10 +49,13 @@ class SanaBlock(nn.Module):
         layer's keys and values of it, the mask as a bias [P, 1, L] and the grid of the T tokens (rows, columns)."""
         x: Dual = (h, dh)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self._modulation((temb, dtemb))
-        x = gated_residual(x, gate, self._self_attention(modulate(dual(self.norm1, x), shift, scale), h.dtype))
+        dtype = activations_dtype(h)
+        y = norm_modulate(x, shift, scale, plain_norm(self.norm1), dtype)
+        x = gated_residual(x, gate, self._self_attention(y, dtype))
         keys, values = self.keys_values(text) if isinstance(text, Tensor) else text
-        x = add(x, self._cross_attention(x, keys, values, bias))
-        return gated_residual(x, gate_ff, mix_ffn(self.ff, modulate(dual(self.norm2, x), shift_ff, scale_ff), size))
+        attended = self._cross_attention(x, keys, values, bias)
+        x, y = residual_norm_modulate(x, attended, None, shift_ff, scale_ff, plain_norm(self.norm2), dtype)
+        return gated_residual(x, gate_ff, mix_ffn(self.ff, y, size))
 
     def keys_values(self, text: Tensor) -> KeysValues:
         """Of text states [P, L, D]; the same for every time and every state of the image."""
@@ -70,14 +70,11 @@ class SanaBlock(nn.Module):
         return list(zip(values, temb[1].unflatten(-1, (6, -1)).chunk(6, dim=1), strict=True))
 
     def _self_attention(self, x: Dual, dtype: torch.dtype) -> Dual:
-        x = _cast(x, dtype)
         attention: Attention = self.attn1
         query, key, value = (dual(layer, x) for layer in (attention.to_q, attention.to_k, attention.to_v))
-        if attention.norm_q is not None:
-            query, key = dual(attention.norm_q, query), dual(attention.norm_k, key)
-        out = _cast(linear_attention(query, key, value, attention.heads), dtype)
-        out = dual(attention.to_out[1], dual(attention.to_out[0], out))
-        return _clip_half(out)
+        (norm_q, eps), (norm_k, _) = rms_norm(attention.norm_q), rms_norm(attention.norm_k)
+        out = linear_attention(query, key, value, norm_q, norm_k, eps, attention.heads, dtype)
+        return _clip_half(dual(attention.to_out[1], dual(attention.to_out[0], out)))
 
     def _cross_attention(self, x: Dual, keys: Tensor, values: Tensor, bias: Tensor) -> Dual:
         attention: Attention = self.attn2
@@ -93,19 +90,31 @@ def mix_ffn(ff: GLUMBConv, x: Dual, size: tuple[int, int]) -> Dual:
 
     The image stays channels-last throughout, which is the layout of the tokens.
     """
-    hidden = dual(ff.nonlinearity, pointwise(ff.conv_inverted, x))
-    hidden = dual(ff.conv_depth, _map(lambda y: y.unflatten(1, size).permute(0, 3, 1, 2), hidden))
-    hidden = _map(lambda y: y.permute(0, 2, 3, 1).flatten(1, 2), hidden)
-    return pointwise(ff.conv_point, glu(hidden, dim=-1))
+    depthwise, act = ff.conv_depth, ff.nonlinearity
+    if type(depthwise) is not nn.Conv2d or type(act) is not nn.SiLU:
+        raise TypeError(f"no tangent rule for a Mix-FFN of {depthwise} and {act}")
+    hidden = glu_depthwise(pointwise(ff.conv_inverted, x), depthwise.weight, depthwise.bias, size)
+    return pointwise(ff.conv_point, hidden)
 
 
-def _map(fn, x: Dual) -> Dual:  # type: ignore[no-untyped-def]
-    """A linear `fn` that needs no rule: views and casts."""
-    return fn(x[0]), None if x[1] is None else fn(x[1])
+# Operators take numbers and weights: read from layers of exactly the types that they stand for, so that an adapter's is
+# refused and not passed over.
 
 
-def _cast(x: Dual, dtype: torch.dtype) -> Dual:
-    return _map(lambda y: y.to(dtype), x)
+def plain_norm(layer: nn.Module) -> float:
+    """eps of a LayerNorm over the width that has no weights. Raises TypeError for any other layer."""
+    if type(layer) is not nn.LayerNorm or layer.elementwise_affine:
+        raise TypeError(f"no tangent rule for this norm in a Sana block: {layer}")
+    return layer.eps
+
+
+def rms_norm(layer: nn.Module | None) -> tuple[Tensor | None, float]:
+    """Weight and eps of an RMSNorm across heads (None: no norm). Raises TypeError for any other layer."""
+    if layer is None:
+        return None, 0.0
+    if type(layer) is not RMSNorm or layer.weight is None or layer.bias is not None:
+        raise TypeError(f"no tangent rule for this norm of queries and keys: {layer}")
+    return layer.weight, layer.eps
 
 
 def _clip_half(x: Dual) -> Dual:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from tbcm_kernels.catalog import Dual
 from torch import Tensor
-
-from tbcm.models.dual import Dual
 
 
 def push(fn: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Dual) -> tuple[Dual, ...]:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tbcm_kernels.catalog import Dual
+from tbcm_kernels.gated_residual import gated_residual
 from torch import Tensor, nn
 
 from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
-from tbcm.models.dual import Dual, dual, gated_residual
+from tbcm.models.dual import dual
 
 
 def randn(seed: int, *shape: int) -> Tensor:

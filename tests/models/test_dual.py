@@ -12,6 +12,11 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv
 from sana_cases import POINTS, PROMPTS, Batch, backbone_of
+from tbcm_kernels.catalog import Dual
+from tbcm_kernels.cross_attention import cross_attention
+from tbcm_kernels.gated_residual import gated_residual, residual_norm_modulate
+from tbcm_kernels.linear_attention import linear_attention
+from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,12 +43,8 @@ def randomised(layer: nn.Module) -> nn.Module:
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear without bias": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
-    "convolution": (lambda: nn.Conv2d(6, 4, 2, stride=2), (2, 6, 4, 6)),
-    "depthwise convolution": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 5, 4)),
     "SiLU": (nn.SiLU, (3, 7)),
     "dropout of 0": (lambda: nn.Dropout(0.0), (3, 7)),
-    "layer norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
-    "layer norm without weights": (lambda: nn.LayerNorm(6, elementwise_affine=False, eps=1e-2), (2, 3, 6)),
     "RMS norm": (lambda: RMSNorm(6, eps=1e-2), (2, 3, 6)),
     "RMS norm without weight": (lambda: RMSNorm(6, eps=1e-5, elementwise_affine=False), (2, 3, 6)),
 }
@@ -62,7 +63,7 @@ def test_a_rule_is_the_derivative_of_its_layer(name: str) -> None:
     assert rules.dual(layer, (x, None))[1] is None
 
 
-def along(fn: Callable[..., rules.Dual], *pairs: rules.Dual) -> None:
+def along(fn: Callable[..., Dual], *pairs: Dual) -> None:
     """fn on duals equals torch.func.jvp of fn on values; the value keeps its graph, the tangent has none."""
     values, tangents = zip(*pairs, strict=True)
     y, dy = fn(*((value.clone().requires_grad_(), tangent) for value, tangent in pairs))
@@ -72,27 +73,35 @@ def along(fn: Callable[..., rules.Dual], *pairs: rules.Dual) -> None:
     assert not dy.requires_grad
 
 
-def pair(seed: int, *shape: int) -> rules.Dual:
+def pair(seed: int, *shape: int) -> Dual:
     return randn(seed, *shape), randn(seed + 100, *shape)
 
 
 def test_operators_of_several_duals() -> None:
-    along(rules.add, pair(0, 2, 3, 4), pair(1, 2, 3, 4))
-    along(rules.modulate, pair(0, 2, 3, 4), pair(1, 2, 1, 4), pair(2, 2, 1, 4))
-    along(rules.gated_residual, pair(0, 2, 3, 4), pair(1, 2, 1, 4), pair(2, 2, 3, 4))
-    along(lambda x: rules.glu(x, -1), pair(0, 2, 3, 8))
-    along(lambda x: rules.glu(x, 1), pair(0, 2, 8, 3))
+    """The references; the kernels are compared with them in tests/kernels."""
+    h, x, gate, shift, scale = (pair(i, 2, 3 if i < 2 else 1, 4) for i in range(5))
+    along(lambda x, shift, scale: norm_modulate(x, shift, scale, 1e-2, torch.float64), x, shift, scale)
+    along(gated_residual, h, gate, x)
+    for i in range(2):
+        along(lambda *d, i=i: residual_norm_modulate(*d, 1e-2, torch.float64)[i], h, x, gate, shift, scale)
+        along(lambda h, x, *d, i=i: residual_norm_modulate(h, x, None, *d, 1e-2, torch.float64)[i], h, x, shift, scale)
 
 
-def test_linear_attention() -> None:
-    along(lambda q, k, v: rules.linear_attention(q, k, v, 2), pair(0, 2, 5, 6), pair(1, 2, 5, 6), pair(2, 2, 5, 6))
+@pytest.mark.parametrize("normed", [True, False])
+def test_linear_attention(normed: bool) -> None:
+    norms = (randn(7, 6), randn(8, 6)) if normed else (None, None)
+
+    def attend(q: Dual, k: Dual, v: Dual) -> Dual:
+        return linear_attention(q, k, v, *norms, 1e-2, 2, torch.float64)
+
+    along(attend, pair(0, 2, 5, 6), pair(1, 2, 5, 6), pair(2, 2, 5, 6))
 
 
 def test_linear_attention_is_the_weighted_mean_of_the_values() -> None:
     """sum_k relu(q) . relu(k) v / sum_k relu(q) . relu(k), written as quadratic attention."""
     q, k, v = (randn(i, 2, 5, 6) for i in range(3))
     q[0, 0] = -1.0  # no positive feature: 0 over the guard
-    out, _ = rules.linear_attention((q, None), (k, None), (v, None), 2)
+    out, _ = linear_attention((q, None), (k, None), (v, None), None, None, 0.0, 2, torch.float64)
     heads = [x.unflatten(-1, (2, 3)) for x in (q.relu(), k.relu(), v)]
     weights = torch.einsum("bqhd,bkhd->bhqk", heads[0], heads[1])
     expected = torch.einsum("bhqk,bkhd->bqhd", weights / (weights.sum(-1, keepdim=True) + 1e-15), heads[2])
@@ -105,12 +114,12 @@ def test_cross_attention(points: int) -> None:
     key, value = randn(5, 2, 4, 6), randn(6, 2, 4, 6)
     bias = torch.where(torch.arange(4) < torch.tensor([[4], [2]]), 0.0, -10000.0)[:, None]
 
-    def attend(q: rules.Dual) -> rules.Dual:
-        return rules.cross_attention(q, key, value, bias, 2, explicit=True)
+    def attend(q: Dual) -> Dual:
+        return cross_attention(q, key, value, bias, 2, explicit=True)
 
     query = pair(0, 2 * points, 5, 6)
     along(attend, query)
-    fused, _ = rules.cross_attention((query[0], None), key, value, bias, 2, explicit=False)
+    fused, _ = cross_attention((query[0], None), key, value, bias, 2, explicit=False)
     torch.testing.assert_close(fused, attend(query)[0], rtol=1e-11, atol=1e-11)
 
 

@@ -7,10 +7,10 @@ import torch
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from helpers import random_condition
 from sana_cases import POINTS, PROMPTS, Batch, backbone_of, every_backbone
+from tbcm_kernels.consistency_loss import consistency_loss
 from torch import Tensor
 
-from tbcm.method.consistency import consistency_loss
-from tbcm.method.rollout import embedded, guided
+from tbcm.method.rollout import combined, embedded, guided
 from tbcm.method.sampling import consistency_sample, student_times
 from tbcm.method.types import Condition
 from tbcm.models.sana import SanaTrigFlow
@@ -195,7 +195,7 @@ def test_guidance_runs_both_branches_in_one_batch() -> None:
     w = torch.tensor([4.0, 5.0])
     cond, uncond = net(u, t, batch.condition).F, net(u, t, null).F
     expected = uncond + w[:, None, None, None] * (cond - uncond)
-    torch.testing.assert_close(guided(net, batch.condition, null, w)(u, t), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(combined(guided(net, batch.condition, null)(u, t), w), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_that_cannot_be_shared_out_over_the_prompts_are_refused() -> None:
