@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tbcm_kernels.registry import OPERATORS
 
 from tbcm.config import Config, parse_config
 
@@ -19,12 +20,14 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to take a step: `what` it changes, as overrides section.key -> value, in the arm that it is `based_on`."""
+    """A way to take a step: `what` it changes, as overrides section.key -> value, in the arm that it is `based_on`;
+    fused operators that it does `without`."""
 
     name: str
     what: str
     change: dict[str, Any]
     based_on: str | None = None
+    without: tuple[str, ...] = ()
 
 
 _PUBLISHED = {
@@ -64,8 +67,18 @@ ARMS = {
         ),
     )
 }
-ON_CUDA_ONLY = {"half_weights", "cuda_graph", "overlap"}
+KERNELS = {
+    arm.name: arm
+    for arm in (
+        Arm("no_kernels", "PyTorch's operators for all fused ones", {}, "fast", tuple(OPERATORS)),
+        *(Arm(f"without_{name}", f"PyTorch's operators for {name}", {}, "fast", (name,)) for name in OPERATORS),
+    )
+}
+"""What the fused operators give, all and each."""
+
+ON_CUDA_ONLY = {"half_weights", "cuda_graph", "overlap", *KERNELS}
 """Arms whose change does nothing on a CPU."""
+ARMS |= KERNELS
 
 
 def overrides(name: str, device: torch.device) -> dict[str, Any]:

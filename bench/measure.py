@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import arms
 import torch
+from tbcm_kernels import dispatch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.accounting import CostCounter
-from tbcm.build import Parts, dtype_of
+from tbcm.build import Parts
 from tbcm.config import Config
+from tbcm.dryrun import eager
 from tbcm.random_parts import random_parts
 from tbcm.runtime.phases import PhaseTimer
 from tbcm.trainer import Trainer
@@ -28,6 +32,7 @@ class Measured:
 
     def __init__(self, name: str, config: Config, device: torch.device) -> None:
         self.name, self.config, self.device = name, config, device
+        self.without = arms.ARMS[name].without
         self.trainer = Trainer(config, device, parts(config, device))
         self.seconds: list[float] = []
         self.phases: list[dict[str, float]] = []
@@ -36,19 +41,23 @@ class Measured:
         """A step and its time."""
         self._synchronise()
         started = time.perf_counter()
-        self.trainer.train_step()
+        self._take()
         self._synchronise()
         self.seconds.append(time.perf_counter() - started)
 
     def step_by_phase(self) -> None:
         with PhaseTimer(self.device) as timer:
-            self.trainer.train_step()
+            self._take()
         self.phases.append(dict(timer.seconds))
+
+    def _take(self) -> None:
+        with dispatch.without(*self.without):
+            self.trainer.train_step()
 
     def warm_up(self) -> None:
         """Compiles, captures, fills caches; then memory is counted anew."""
         for _ in range(WARM_UP):
-            self.trainer.train_step()
+            self._take()
         self._synchronise()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -96,37 +105,16 @@ def parts(config: Config, device: torch.device) -> Parts:
     return random_parts(config, device)
 
 
-def eager(config: Config) -> Config:
-    """The same arm, but neither compiled nor captured."""
-    teacher = config.teacher.model_copy(update={"compile": False, "cuda_graph": False})
-    student = config.student.model_copy(update={"compile": False})
-    return config.model_copy(update={"teacher": teacher, "student": student})
-
-
-def flops_of(config: Config, device: torch.device) -> int:
-    """Of one step, counted on its eager twin: a compiled graph does the same products and hides them."""
-    twin = eager(config)
-    trainer = Trainer(twin, device, parts(twin, device))
-    trainer.train_step()  # what is made once a run
-    with CostCounter() as counter:
-        trainer.train_step()
+def flops_of(config: Config) -> int:
+    """Of one step, counted on its eager twin and on tensors without data: a compiled graph and a kernel do the same
+    products and hide them."""
+    twin, device = eager(config), torch.device("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = Trainer(twin, device, parts(twin, device))
+        trainer.train_step()  # what is made once a run
+        with CostCounter() as counter:
+            trainer.train_step()
     return counter.flops
-
-
-def matmul_rate(config: Config, device: torch.device) -> float:
-    """TFLOP/s of a large square product in the student's precision: the best of ten."""
-    dtype, n = dtype_of(config.student.precision, device), 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best / 1e12
 
 
 @contextmanager
@@ -136,6 +124,7 @@ def freed(device: torch.device) -> Iterator[None]:
         yield
     finally:
         gc.collect()
+        torch.compiler.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

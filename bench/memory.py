@@ -16,7 +16,7 @@ from typing import Any
 import arms
 import options
 import torch
-from measure import Measured, eager, freed, parts, quiet
+from measure import Measured, freed, parts, quiet
 from rows import append, table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tbcm.accounting import CostCounter
 from tbcm.config import Config
-from tbcm.dryrun import as_on_a_gpu
+from tbcm.dryrun import as_on_a_gpu, eager
 from tbcm.errors import UserError, command
 from tbcm.runtime.files import atomic_path
 from tbcm.trainer import Trainer
@@ -52,7 +52,7 @@ def measured(arm: str, config: Config, device: torch.device) -> Row:
     """Of the third step, by CUDA's allocator."""
     made = Measured(arm, config, device)
     made.warm_up()
-    made.trainer.train_step()
+    made.step()
     peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     base = torch.cuda.memory_allocated(device) + _gradients(made.trainer)
     return _row(made.trainer, peak, base) | {"reserved_gib": reserved / 2**30, "accounted": False}

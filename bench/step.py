@@ -2,6 +2,7 @@
 
     python bench/step.py                        # Sana-0.6B on a GPU, the emoji model on a CPU
     python bench/step.py --model tiny --quick
+    python bench/step.py --kernels              # on a GPU: `fast` without all, and without each of the fused operators
 
 Rows go to bench/results/step.jsonl.
 """
@@ -14,10 +15,12 @@ from typing import Any
 import arms
 import options
 import torch
-from measure import PHASES, Measured, flops_of, freed, matmul_rate, quiet
+from measure import PHASES, Measured, flops_of, freed, quiet
 from rows import append, table
+from timing import matmul_rate
 from tqdm import tqdm
 
+from tbcm.build import dtype_of
 from tbcm.errors import UserError, command
 from tbcm.runtime.allocator import reuse_freed_memory
 
@@ -71,7 +74,7 @@ def _group(
         bar.set_postfix_str(f"{name}, {method}")
         config = arms.config(model, name, method, prompts * (points - 1), points, device)
         try:
-            flops = flops_of(config, device)
+            flops = flops_of(config)
             measured = Measured(name, config, device)
             measured.warm_up()
             ready.append((measured, flops))
@@ -109,17 +112,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="in a step; default: 1 on CUDA, 8 on a CPU")
     parser.add_argument("--points", type=int, default=16, help="of a route (the first does not train)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each arm, after warm-up")
+    parser.add_argument("--kernels", action="store_true", help="what the fused operators give (needs a GPU)")
     arguments = parser.parse_args()
     device, model = options.machine(arguments)
     prompts = arguments.prompts or (1 if device.type == "cuda" else 8)
     if prompts < 1 or arguments.points < 2 or arguments.steps < 2:
         raise UserError("--prompts should be at least 1, --points and --steps at least 2")
-    names = options.arm_names(arguments, device, ["published", "fast", "lean"] if arguments.quick else list(arms.ARMS))
+    default = [name for name in arms.ARMS if name not in arms.KERNELS]
+    if arguments.quick:
+        default = ["published", "fast", "lean"]
+    if arguments.kernels:
+        if device.type != "cuda":
+            raise UserError("--kernels needs a GPU: on a CPU no kernel runs")
+        default = ["fast", *arms.KERNELS]
+    names = options.arm_names(arguments, device, default)
     steps = min(arguments.steps, 5) if arguments.quick else arguments.steps
     quiet()
     reuse_freed_memory()
     rows = run(model, names, arguments.methods, prompts, arguments.points, steps, device)
-    rate = matmul_rate(arms.config(model, "fast", "tbcm", arguments.points - 1, arguments.points, device), device)
+    rate = matmul_rate(dtype_of("auto", device), device)
     rows = [append("step", row, arguments.out) for row in compare(rows, rate)]
     shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     print(table(rows, shown))

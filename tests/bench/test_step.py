@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import arms
@@ -13,15 +10,9 @@ import pytest
 import rows
 import step
 import torch
+from bench_process import bench
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-ROOT = Path(__file__).parents[2]
-
-
-def bench(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"bench/{script}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_arms_differ_from_what_they_are_based_on_in_one_thing() -> None:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import operators
+import pytest
+import torch
+from bench_process import bench
+from tbcm_kernels.registry import OPERATORS
+from timing import Clock
+
+CPU = torch.device("cpu")
+
+
+def test_every_operator_has_its_cases() -> None:
+    found = list(operators.cases(list(OPERATORS), ["600m"], [1024], [15]))
+    assert {case.operator.name for case in found} == set(OPERATORS)
+    for case in found:
+        assert case.size.samples == 15 and case.size.tokens == 1024
+    directions = {(case.operator.name, case.tangents, case.backward) for case in found}
+    assert ("norm_modulate", True, False) in directions and ("norm_modulate", False, True) in directions
+    assert ("tangent", False, True) not in directions  # it has no gradient
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_costs_are_at_least_the_tensors_that_go_in_and_come_out(name: str) -> None:
+    operator = OPERATORS[name]
+    case = operators.Case(operator, "600m", 128, 2, tangents=operator.has_tangents, backward=False)
+    arguments = operator.inputs(case.size, torch.float32, CPU, case.tangents)
+    cost = operator.cost(*arguments)
+    outputs = sum(y.nbytes for y in operators.tensors(operator.reference(*arguments)))
+    inputs = sum(x.nbytes for x in operators.tensors(arguments))
+    assert outputs < cost.bytes <= 1.5 * (inputs + outputs)
+    assert cost.flops > 0
+
+
+def test_rows_of_a_real_run(tmp_path: Path) -> None:
+    done = bench(
+        "kernels.py", "--device", "cpu", "--operators", "norm_modulate", "--models", "600m", "--samples", "2",
+        "--repeats", "3", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    seen = [(row["variant"], row["direction"], row["way"]) for row in rows]
+    assert seen == [
+        (variant, direction, way)
+        for variant, direction in (("plain", "forward"), ("dual", "forward"), ("plain", "backward"))
+        for way in ("eager", "compiled")
+    ]
+    for row in rows:
+        assert row["gpu"] is None and row["pixels"] == 128 and row["samples"] == 2
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["of_copy"] == pytest.approx(row["copy_ms"] / row["median_ms"])
+    assert "| norm_modulate | plain | forward | 600m | 128 | 2 | eager |" in done.stdout
+
+
+def test_bad_arguments_are_one_line() -> None:
+    done = bench("kernels.py", "--samples", "20")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: --samples 20: give 1 to 15 points of a prompt, or a multiple of 15"]
+
+
+def test_a_clock_tells_a_long_work_from_a_short_one() -> None:
+    clock, x = Clock(CPU, repeats=5), torch.randn(300, 300)
+    assert clock(lambda: [x @ x for _ in range(20)]).median > 3 * clock(lambda: x @ x).median
