@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 	$(RUN) -m tbcm.emoji.demo --out runs/demo
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
