@@ -5,10 +5,13 @@ from __future__ import annotations
 import arms
 import pytest
 import torch
+from helpers import random_condition, tiny_sana
 from tbcm_kernels import dispatch
 from torch import Tensor
 
+from tbcm.method.types import Condition
 from tbcm.models.presets import SANA
+from tbcm.models.sana import SanaTrigFlow
 from tbcm.random_parts import random_parts
 from tbcm.trainer import Trainer
 
@@ -51,3 +54,26 @@ def test_the_loss_curve_is_the_same(
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=0)
     assert not all(torch.equal(a, b) for a, b in zip(fused, plain, strict=True)), "no kernel ran"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_block_runs_them_too(kernels: torch.device) -> None:
+    """Value, tangent and gradients of a compiled network of kernels are those of the eager one without."""
+    sizes = {"attention_head_dim": 16, "cross_attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 1}
+    u, du, out = (torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(i)).to(kernels) for i in range(3))
+    t, dt, w = (torch.tensor(x, device=kernels) for x in ([0.7, 1.2], [0.3, 0.2], [4.0, 4.0]))
+    text = random_condition(1)
+    condition = Condition({name: tensor.to(kernels) for name, tensor in text.tensors.items()})
+
+    def answer(compiled: bool) -> list[Tensor]:
+        backbone = tiny_sana(guidance_embeds=True, **sizes)
+        net = SanaTrigFlow(backbone, timestep_scale=1.0, compiled=compiled).to(kernels)
+        prediction = net(u, t, condition, w, (du, dt))
+        assert prediction.dF is not None
+        prediction.F.backward(out)
+        return [prediction.F, prediction.dF, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    fused = answer(compiled=True)
+    with dispatch.using("off"):
+        plain = answer(compiled=False)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
