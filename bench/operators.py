@@ -95,14 +95,18 @@ def cases(names: list[str], models: list[str], pixels: list[int], samples: list[
 def measure(case: Case, dtype: torch.dtype, device: torch.device, clock: Clock, rate: float) -> list[Row]:
     """A row for each way to run the case."""
     torch.manual_seed(0)
-    operator = case.operator
-    arguments = operator.inputs(case.size, dtype, device, case.tangents)
-    count = operator.backward_cost if case.backward else operator.cost
+    facts = case.row() | {"dtype": str(dtype).removeprefix("torch.")}
+    count = case.operator.backward_cost if case.backward else case.operator.cost
     assert count is not None
-    cost, rows = count(*arguments), []
-    copy = clock(copy_of(cost.bytes, device)).median
-    for way, function in ways(operator, device).items():
-        row = case.row() | {"way": way, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        arguments = case.operator.inputs(case.size, dtype, device, case.tangents)
+        cost = count(*arguments)
+        copy = clock(copy_of(cost.bytes, device)).median
+    except torch.OutOfMemoryError:
+        return [facts | {"note": "out of memory"}]
+    rows = []
+    for way, function in ways(case.operator, device).items():
+        row = facts | {"way": way}
         with freed(device):
             try:
                 rows.append(row | figures(work(function, arguments, case.backward), cost, copy, device, clock, rate))
@@ -187,7 +191,7 @@ def main() -> None:
     rows: list[Row] = []
     todo = list(cases(options.operators, options.models, options.pixels, options.samples))
     for case in tqdm(todo, desc=f"operators on {device.type}", unit="case", disable=None):
-        with freed(device):
+        with clock.on_a_stream(), freed(device):
             rows += [append("kernels", row, options.out) for row in measure(case, dtype, device, clock, rate)]
     print(table(rows, {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}))
 

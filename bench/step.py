@@ -33,7 +33,8 @@ COLUMNS = {
     "p20_ms": "20 %",
     "p80_ms": "80 %",
     "samples_per_s": "samples/s",
-    "speedup": "x published",
+    "speedup": "speed-up",
+    "speedup_over": "over",
     "tflop": "TFLOP",
     "tflop_per_s": "TFLOP/s",
     "of_matmul": "of matmul rate",
@@ -94,13 +95,15 @@ def _group(
 
 
 def compare(rows: list[Row], rate: float) -> list[Row]:
-    """Adds the ratio to the published arm of the same method, and the fraction of the measured matmul rate."""
-    published = {row["method"]: row.get("samples_per_s") for row in rows if row["arm"] == "published"}
+    """Adds the fraction of the measured matmul rate and the ratio to the published arm of the same method, or to `fast`
+    where that is not among them."""
+    base_arm = "published" if any(row["arm"] == "published" for row in rows) else "fast"
+    published = {row["method"]: row.get("samples_per_s") for row in rows if row["arm"] == base_arm}
     for row in rows:
         if "samples_per_s" not in row:
             continue
         if base := published.get(row["method"]):
-            row["speedup"] = row["samples_per_s"] / base
+            row |= {"speedup": row["samples_per_s"] / base, "speedup_over": base_arm}
         row["matmul_tflop_per_s"] = rate
         row["of_matmul"] = row["tflop_per_s"] / rate
     return rows
@@ -122,6 +125,8 @@ def main() -> None:
     if arguments.quick:
         default = ["published", "fast", "lean"]
     if arguments.kernels:
+        if arguments.arms or arguments.quick:
+            raise UserError("--kernels has arms of its own: leave out --arms and --quick")
         if device.type != "cuda":
             raise UserError("--kernels needs a GPU: on a CPU no kernel runs")
         default = ["fast", *arms.KERNELS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ class Clock:
     """Times functions on a device, all in the same way.
 
     On CUDA a function is captured as a graph and replayed, so that what is timed is the device's work and not Python's;
-    before each replay a buffer larger than the L2 cache is overwritten.
+    before each replay a buffer larger than the L2 cache is overwritten. All of it happens inside `on_a_stream`: a
+    backward pass runs on the stream of its forward pass, and the default one cannot be captured.
     """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
@@ -34,14 +36,16 @@ class Clock:
         low, *_, high = statistics.quantiles(times, n=5)
         return Times(statistics.median(times), low, high)
 
+    def on_a_stream(self) -> AbstractContextManager[object]:
+        """Inside, work goes to a stream of its own."""
+        return torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
+
     def _on_cuda(self, function: Callable[[], Any]) -> list[float]:
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, fills caches
-                function()
-        stream.synchronize()
+        for _ in range(3):  # compiles, fills caches
+            function()
+        torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.device)):
             kept = function()  # its results must outlive the capture
         marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(self.repeats)]
         for start, end in marks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +28,10 @@ def dry_run(config: Config, device_name: str | None) -> None:
     Where the teacher is not on this machine its architecture gets random weights, which cost the same.
     """
     device = distributed.init(device_name)
-    config, rollouts = _one_rollout(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
-        trainer = _trainer(as_on_a_gpu(eager(config)), torch.device("cpu"), None, rollouts)
+    parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
+    prompts, rollouts = parts[0].stop - parts[0].start, len(parts)
+    with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        trainer = _trainer(_with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu"), None, rollouts)
         resident, flops = counter.live, counter.flops
         trainer.train_step()
     flops, source = counter.flops - flops, "random weights"
@@ -38,12 +40,13 @@ def dry_run(config: Config, device_name: str | None) -> None:
         " tensors on the meta device, in the precision of a GPU)"
     )
     if device.type == "cuda":
-        parts, source = _parts_or_random(config, device)
-        trainer = _trainer(config, device, parts, rollouts)
+        config = _with_prompts(config, prompts * distributed.world_size())
+        loaded, source = _parts_or_random(config, device)
+        trainer = _trainer(config, device, loaded, rollouts)
         trainer.train_step()
         torch.cuda.synchronize(device)
         memory = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
-    print(report(trainer, rollouts, source, flops, memory))
+    print(report(trainer, prompts, rollouts, source, flops, memory))
 
 
 def _trainer(config: Config, device: torch.device, parts: Parts | None, rollouts: int) -> Trainer:
@@ -54,29 +57,28 @@ def _trainer(config: Config, device: torch.device, parts: Parts | None, rollouts
     return trainer
 
 
-def _one_rollout(config: Config) -> tuple[Config, int]:
-    """The configuration with a single rollout a step, and how many a rank takes one after another."""
-    parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
-    prompts = parts[0].stop - parts[0].start
-    train = config.train.model_copy(update={"prompts_per_step": prompts * distributed.world_size()})
-    return config.model_copy(update={"train": train}), len(parts)
+def _with_prompts(config: Config, prompts: int) -> Config:
+    """The same, with this many prompts a step."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
 
 
-def report(trainer: Trainer, rollouts: int, source: str, flops: int, memory: str) -> str:
+def report(trainer: Trainer, prompts: int, rollouts: int, source: str, flops: int, memory: str) -> str:
+    """`prompts` of a rank's rollout, of which it takes `rollouts`; `flops` of one."""
     config, world = trainer.config, distributed.world_size()
     model = getattr(trainer.text.encoder, "model", None)
-    prompts, samples = config.train.prompts_per_step * rollouts, trainer.samples_per_step * rollouts
+    each = trainer.source.samples_per_prompt
+    total = prompts * rollouts * world
     tera = flops * rollouts / 1e12
     lines = {
         "teacher": f"{_parameters(trainer.teacher)}, {source} ({config.teacher.path})",
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
         "text encoder": f"{_parameters(model) if model is not None else 'none'} ({config.text.encoder})",
         "step": (
-            f"{prompts} {'images' if config.method.name == 'scm' else 'prompts'} x"
-            f" {trainer.source.samples_per_prompt} points = {samples} samples optimised;"
-            f" {world} rank(s) x {rollouts} rollout(s) of {config.train.prompts_per_step // world} prompt(s)"
+            f"{total} {'images' if config.method.name == 'scm' else 'prompts'} x {each} points = {total * each} samples"
+            f" optimised;"
+            f" {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"
         ),
-        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / samples:.4g} a sample)",
+        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / (total * each):.4g} a sample)",
         "peak memory": memory,
     }
     return "\n".join(f"{name:>14}: {value}" for name, value in lines.items())
@@ -104,10 +106,15 @@ def as_on_a_gpu(config: Config) -> Config:
 
 
 def eager(config: Config) -> Config:
-    """The same, but neither compiled nor captured."""
-    teacher = config.teacher.model_copy(update={"compile": False, "cuda_graph": False})
-    student = config.student.model_copy(update={"compile": False})
-    return config.model_copy(update={"teacher": teacher, "student": student})
+    """The same, without what changes no product and needs a GPU: compilation, capture, overlap, the fused update."""
+    without: dict[str, dict[str, Any]] = {
+        "teacher": {"compile": False, "cuda_graph": False},
+        "student": {"compile": False},
+        "optimizer": {"fused": False},
+        "train": {"overlap_rollout": False},
+    }
+    update = {name: getattr(config, name).model_copy(update=changes) for name, changes in without.items()}
+    return config.model_copy(update=update)
 
 
 def _parameters(model: nn.Module) -> str:

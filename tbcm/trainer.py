@@ -142,7 +142,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, constant, linear cool-down over the last steps."""
-        o, left = self.config.optimizer, self.config.train.steps - step
+        o, left = self.config.optimizer, max(0, self.config.train.steps - step)
         return o.lr * min(1.0, (step + 1) / (o.warmup_steps + 1), left / (o.cooldown_steps + 1))
 
     # The run

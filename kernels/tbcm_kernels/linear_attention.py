@@ -58,7 +58,7 @@ def linear_attention(
         return reference(query, key, value, norm_q, norm_k, eps, heads, dtype)
     if dq is None or dk is None or dv is None:
         return _plain(q, k, v, norm_q, norm_k, eps, heads, dtype)[0], None
-    tangents = dq.detach(), dk.detach(), dv.detach()
+    tangents = dq.detach().to(q.dtype), dk.detach().to(k.dtype), dv.detach().to(v.dtype)
     out, tangent, _, _ = _dual(q, k, v, *tangents, norm_q, norm_k, eps, heads, dtype)
     return out, tangent
 

@@ -1,4 +1,4 @@
-"""The normalised tangent of the consistency objective, and its norm, sample by sample.
+"""The normalised tangent of the consistency objective (TBCM, Eq. 4 and Algorithm 1), and its norm, sample by sample.
 
     g = -cos^2(t) (sigma_d F - dx/dt) - r (cos t sin t x_t + sigma_d dF),    g <- g / (||g||_2 + c)
 

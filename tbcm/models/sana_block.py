@@ -24,7 +24,7 @@ class SanaBlock(nn.Module):
     """Takes the place, and the submodules, of a diffusers block: weights load and save under the same names.
 
     `explicit`: cross-attention that torch.func.jvp can differentiate and that a recomputation repeats exactly, also
-    where there is no tangent (see `tbcm.models.dual.cross_attention`).
+    where there is no tangent (see `tbcm_kernels.cross_attention`; its kernel needs no such choice).
     """
 
     def __init__(self, block: SanaTransformerBlock, *, explicit: bool) -> None:
@@ -92,7 +92,7 @@ def mix_ffn(ff: GLUMBConv, x: Dual, size: tuple[int, int]) -> Dual:
     """
     depthwise, act = ff.conv_depth, ff.nonlinearity
     if type(depthwise) is not nn.Conv2d or type(act) is not nn.SiLU:
-        raise TypeError(f"no tangent rule for a Mix-FFN of {depthwise} and {act}")
+        raise TypeError(f"a Sana block whose Mix-FFN is of {depthwise} and {act} is not supported")
     hidden = glu_depthwise(pointwise(ff.conv_inverted, x), depthwise.weight, depthwise.bias, size)
     return pointwise(ff.conv_point, hidden)
 
@@ -104,7 +104,7 @@ def mix_ffn(ff: GLUMBConv, x: Dual, size: tuple[int, int]) -> Dual:
 def plain_norm(layer: nn.Module) -> float:
     """eps of a LayerNorm over the width that has no weights. Raises TypeError for any other layer."""
     if type(layer) is not nn.LayerNorm or layer.elementwise_affine:
-        raise TypeError(f"no tangent rule for this norm in a Sana block: {layer}")
+        raise TypeError(f"a Sana block with this norm is not supported: {layer}")
     return layer.eps
 
 
@@ -113,7 +113,7 @@ def rms_norm(layer: nn.Module | None) -> tuple[Tensor | None, float]:
     if layer is None:
         return None, 0.0
     if type(layer) is not RMSNorm or layer.weight is None or layer.bias is not None:
-        raise TypeError(f"no tangent rule for this norm of queries and keys: {layer}")
+        raise TypeError(f"a Sana block with this norm of queries and keys is not supported: {layer}")
     return layer.weight, layer.eps
 
 

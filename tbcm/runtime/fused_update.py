@@ -24,7 +24,7 @@ from tbcm.runtime.ema import EMA
 from tbcm.runtime.optimizer import gradient_norm, parameters
 
 LIBRARY = Path(__file__).parent / "_native" / "libtbcm_fused_update.so"
-_BUILD = "run `python csrc/build.py` in a checkout of tbcm"
+_BUILD = "run `python csrc/build.py` in a checkout of tbcm that is installed with pip install -e"
 
 # As in csrc/fused_update.h
 _VERSION = 1
@@ -64,6 +64,7 @@ class FusedUpdate:
         self.library = library or _library_for(self.device)
         self._factor: Tensor | None = None
         self._table: _Table | None = None
+        self._current_table()  # what it cannot do is said now, not in the first step
 
     def _check(self) -> None:
         if not isinstance(self.optimizer, torch.optim.AdamW):

@@ -51,7 +51,9 @@ def check(made: Arguments, i: int, sigma_data: float, tolerance: float) -> None:
     assert torch.equal(xs[:, i], x)
     others = [n for n in range(POINTS) if n != i]
     assert (xs[:, others] == -1).all() and (dxdts[:, others] == -1).all()
-    assert following.dtype == x.dtype and following.is_contiguous()
+    assert following.dtype == x.dtype
+    if x.device.type == "cpu":  # on a card fp64 takes the reference, whose layout is PyTorch's choice
+        assert following.is_contiguous()
 
 
 @pytest.mark.parametrize("guided", [True, False])
