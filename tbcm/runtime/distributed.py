@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -59,6 +60,9 @@ def init(device_type: str | None = None, timeout: timedelta | None = None) -> to
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if is_initialized():
+        # Gloo's threads free the last tensors under Python's lock. Who frees the group at that moment holds the lock and
+        # waits for the threads, for ever: give them the time.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
