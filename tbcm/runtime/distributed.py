@@ -60,8 +60,8 @@ def init(device_type: str | None = None, timeout: timedelta | None = None) -> to
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if is_initialized():
-        # Gloo's threads free the last tensors under Python's lock. Who frees the group at that moment holds the lock and
-        # waits for the threads, for ever: give them the time.
+        # Gloo's threads free the last tensors under Python's lock. Who frees the group at that moment holds the lock
+        # and waits for the threads, for ever: give them the time.
         time.sleep(0.2)
         dist.destroy_process_group()
 
