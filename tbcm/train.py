@@ -6,9 +6,13 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+
+if TYPE_CHECKING:
+    import torch
 
 EPILOG = """
 examples:
@@ -27,7 +31,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("config", help="a YAML file, such as configs/emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as train.steps=500")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint; start where there is none")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
@@ -58,12 +62,10 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     """
     import torch
 
-    from tbcm.build import build_parts
     from tbcm.runtime import distributed
     from tbcm.runtime.allocator import reuse_freed_memory
-    from tbcm.runtime.files import RunLock, atomic_path
+    from tbcm.runtime.files import RunLock
     from tbcm.runtime.log import setup_logging
-    from tbcm.trainer import Trainer
 
     torch_device = distributed.init(device)
     reuse_freed_memory()
@@ -71,21 +73,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
-        begun = distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*")))
-        if begun and not resume:
-            raise UserError(f"{config.out} holds a run already: continue it with --resume, or choose another `out`")
-        if resume and not begun:
-            raise UserError(f"{config.out} has no checkpoint to continue from: start it without --resume")
-        trainer = Trainer(config, torch_device, build_parts(config, torch_device))
-        if resume:
-            trainer.resume()
-        if distributed.is_main():
-            with atomic_path(Path(config.out) / "config.yaml") as part:
-                part.write_text(config.to_yaml(), encoding="utf-8")
-        stopped = trainer.run()
-        if trainer.step < config.train.steps:
-            logging.getLogger("tbcm").info("the same command with --resume continues")
-        return 130 if stopped else 0
+        return _run(config, torch_device, resume or distributed.is_restart())
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({error}): lower train.prompts_per_rollout or train.points_per_micro_batch, or set"
@@ -94,6 +82,31 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     finally:
         lock.release()
         distributed.shutdown()
+
+
+def _run(config: Config, device: torch.device, resume: bool) -> int:
+    """A function of its own: when it has returned, nothing holds on to the process group any more."""
+    from tbcm.build import build_parts
+    from tbcm.runtime import distributed
+    from tbcm.runtime.files import atomic_path
+    from tbcm.trainer import Trainer
+
+    logger = logging.getLogger("tbcm")
+    begun = distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*")))
+    if begun and not resume:
+        raise UserError(f"{config.out} holds a run already: continue it with --resume, or choose another `out`")
+    trainer = Trainer(config, device, build_parts(config, device))
+    if begun:
+        trainer.resume()
+    elif resume:
+        logger.warning("%s has no checkpoint to continue from: starting", config.out)
+    if distributed.is_main():
+        with atomic_path(Path(config.out) / "config.yaml") as part:
+            part.write_text(config.to_yaml(), encoding="utf-8")
+    stopped = trainer.run()
+    if trainer.step < config.train.steps:
+        logger.info("the same command with --resume continues")
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

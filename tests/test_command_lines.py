@@ -224,8 +224,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert checkpoint.latest(tmp_path / "run") is not None
 
 
-def test_resuming_what_was_never_saved(call: Run, config: Path, tmp_path: Path) -> None:
-    assert_one_line(call(train.main, config, "--resume"), str(tmp_path / "run"), "without --resume")
+def test_resuming_what_was_never_saved_starts_it(call: Run, config: Path, tmp_path: Path) -> None:
+    """A cluster's script is the same whether the run was preempted before its first checkpoint or after."""
+    code, _, err = call(train.main, config, "--resume", "train.steps=2")
+    assert code == 0 and f"{tmp_path / 'run'} has no checkpoint" in err
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [2]
 
 
 def test_values_that_fit_no_device_or_image(call: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

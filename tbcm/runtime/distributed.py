@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import time
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -58,12 +60,18 @@ def init(device_type: str | None = None, timeout: timedelta | None = None) -> to
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one. Whatever communicates by itself (DistributedDataParallel, FSDP) must
+    be out of use: were it the last to hold the group, it would free it under Python's lock and wait there for gloo's
+    threads, which wait for the lock."""
     if is_initialized():
-        # Gloo's threads free the last tensors under Python's lock. Who frees the group at that moment holds the lock
-        # and waits for the threads, for ever: give them the time.
-        time.sleep(0.2)
+        traceback.clear_frames(sys.exc_info()[2])  # where a run failed, its frames still hold the trainer
+        gc.collect()
         dist.destroy_process_group()
+
+
+def is_restart() -> bool:
+    """Whether torchrun (--max-restarts) has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 _alone = False

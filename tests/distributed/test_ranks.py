@@ -27,6 +27,7 @@ def train(rank: int, world: int, port_file: str, out: str) -> None:
     trainer.run()
     if distributed.is_main():
         torch.save(trainer.student.state_dict(), Path(out) / "student.pt")
+    del trainer
     distributed.shutdown()
 
 
