@@ -70,6 +70,9 @@ class Text(Section):
         " null prompt once a run); false: at every point",
     )
     precision: Precision = "auto"
+    cache: str | None = Field(
+        None, description="what python -m tbcm.encode wrote: training takes the text from it, and loads no encoder"
+    )
 
 
 class Data(Section):
@@ -187,6 +190,20 @@ class Train(Section):
     max_non_finite: PositiveInt = Field(20, description="non-finite updates in a row that stop the run")
 
 
+class Parallel(Section):
+    mode: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="the student on many ranks: replicated, or with weights, gradients and optimizer sharded (FSDP2)",
+    )
+    shard: PositiveInt | None = Field(
+        None,
+        description="fsdp: over how many consecutive ranks; those beyond hold the same (HSDP). Default: a node's",
+    )
+    timeout_minutes: PositiveFloat = Field(
+        10.0, description="a rank that is stuck for so long ends the run, which says which rank it was and where"
+    )
+
+
 class Log(Section):
     every: PositiveInt = 20
     preview_every: NonNegativeInt = Field(1000, description="steps between image sheets; 0: none, and no VAE is loaded")
@@ -217,6 +234,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     train: Train = Train()
+    parallel: Parallel = Parallel()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
     profile: Profile = Profile()
@@ -225,6 +243,8 @@ class Config(Section):
     def _images(self) -> Self:
         if self.method.name == "scm" and self.data.images is None:
             raise ValueError("method.name=scm needs data.images: 'emoji', or a folder of images with a metadata.jsonl")
+        if self.method.name == "scm" and self.text.cache is not None:
+            raise ValueError("method.name=scm encodes the images' captions: it cannot take them from text.cache")
         return self
 
     def to_yaml(self) -> str:

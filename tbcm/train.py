@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("config", help="a YAML file, such as configs/emoji.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as train.steps=500")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint; start where there is none")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest whole checkpoint; start where there is none"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbcm.build import Parts, autocast, build_source, dtype_of, switch
 from tbcm.config import Config, Precision
@@ -25,6 +24,7 @@ from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.interrupt import StopRequest
 from tbcm.runtime.log import MetricLog
 from tbcm.runtime.optimizer import build_optimizer
+from tbcm.runtime.parallel import accumulating, parallelize
 from tbcm.runtime.phases import phase
 from tbcm.runtime.profiling import StepProfiler
 from tbcm.runtime.update import build_update
@@ -42,7 +42,8 @@ class Trainer:
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
         self.source = build_source(config, device, parts)
-        self.wrapped = self._distribute(self.student)
+        blocks = self.student.backbone.transformer_blocks
+        self.wrapped = parallelize(self.student, blocks, config.parallel.mode, config.parallel.shard, device)
         self.dtype = dtype_of(config.student.precision, device)
         o, e, r = config.optimizer, config.ema, config.method.r
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
@@ -61,12 +62,6 @@ class Trainer:
     def samples_per_step(self) -> int:
         """Samples optimised in a step, over all ranks."""
         return self.config.train.prompts_per_step * self.source.samples_per_prompt
-
-    def _distribute(self, student: nn.Module) -> nn.Module:
-        if distributed.world_size() == 1:
-            return student
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
 
     # One step
 
@@ -112,8 +107,7 @@ class Trainer:
             if stop():
                 return None
             part: Trajectory = points.points(slice(start, start + size))
-            synchronise = last and start + size >= n  # ranks exchange gradients once a step
-            with self._no_sync(synchronise), self.autocast():
+            with accumulating(self.wrapped, last=last and start + size >= n), self.autocast():
                 with phase("forward"):
                     loss, figures = tbcm_loss(
                         self.wrapped,
@@ -126,7 +120,7 @@ class Trainer:
                         c=method.tangent_c,
                     )
                 with phase("backward"):
-                    # DDP averages over ranks, and each rank's loss is already its share of the global mean.
+                    # Gradients are averaged over ranks, and each rank's loss is its share of the global mean.
                     self.scaler.scale(loss * world).backward()
             self.statistics.add(figures)
             total += loss.detach()
@@ -134,11 +128,6 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         return autocast(self.dtype, self.device)
-
-    def _no_sync(self, synchronise: bool) -> contextlib.AbstractContextManager[Any]:
-        if synchronise or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.wrapped.no_sync()
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, constant, linear cool-down over the last steps."""

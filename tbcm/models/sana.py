@@ -127,7 +127,7 @@ class SanaTrigFlow(nn.Module):
         bias = ((1 - mask) * -10000.0)[:, None]  # as in diffusers: [P, 1, L]
         h, temb, emb = self._differentiated(lambda u, t: self._embed(u, t, guidance), u, t)
         for block, text in zip(self.backbone.transformer_blocks, self._text(condition), strict=True):
-            h = self._run(block, h, temb, text, bias, size)
+            h = block(self._run, h, temb, text, bias, size)
         ((F, dF),) = self._differentiated(self._head, h, emb, u, t)
         logvar = None
         if self.logvar_head is not None:
@@ -141,7 +141,7 @@ class SanaTrigFlow(nn.Module):
         return push(lambda *values: tuple(y for y, _ in part(*((value, None) for value in values))), *inputs)
 
     def _run(
-        self, block: nn.Module, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, ...]
+        self, block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
     ) -> Dual:
         # A compiler's own choice of what to keep is selective.
         keep_all = self.checkpointing == "none" or (self.checkpointing == "selective" and self.compiled)
@@ -216,13 +216,13 @@ class SanaTrigFlow(nn.Module):
 def _run_block(
     block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
 ) -> Dual:
-    return block(*h, *temb, text, bias, size)
+    return block.compute(*h, *temb, text, bias, size)
 
 
 def _run_block_by_jvp(
     block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
 ) -> Dual:
-    return push(lambda h, temb: block(h, None, temb, None, text, bias, size)[0], h, temb)[0]
+    return push(lambda h, temb: block.compute(h, None, temb, None, text, bias, size)[0], h, temb)[0]
 
 
 def _to(x: Dual, dtype: torch.dtype) -> Dual:

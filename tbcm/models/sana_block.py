@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
@@ -35,7 +38,12 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = block.scale_shift_table
         self.explicit = explicit
 
-    def forward(
+    def forward(self, run: Callable[..., Dual], *inputs: Any) -> Dual:
+        """`run(self, *inputs)`, which calls `compute`, perhaps compiled, checkpointed or under torch.func.jvp: within
+        this call, so that who shards weights by hooks on it (FSDP) has gathered them before any of that begins."""
+        return run(self, *inputs)
+
+    def compute(
         self,
         h: Tensor,
         dh: Tensor | None,

@@ -1,47 +1,127 @@
-"""Two ranks (gloo, spawned) make the run that one rank makes."""
+"""Any number of ranks, replicated or sharded, makes the run that one rank makes."""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from ranks import on_ranks
 from tiny import metrics, tiny_config, tiny_parts
-from torch import multiprocessing
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tbcm.runtime import distributed
+from tbcm.runtime.files import write_json
 from tbcm.trainer import Trainer
 
+Sections = dict[str, dict[str, Any]]
 
-def train(rank: int, world: int, port_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(port_file).read_text()}
-    device = distributed.init("cpu")
-    # Plain gradient descent would be compared best; the few steps of AdamW keep rounding from growing.
-    config = tiny_config(
-        Path(out), train={"steps": 3, "points_per_micro_batch": 2}, log={"every": 1}, optimizer={"lr": 1e-4}
-    )
-    trainer = Trainer(config, device, tiny_parts(config))
-    trainer.run()
-    if distributed.is_main():
-        torch.save(trainer.student.state_dict(), Path(out) / "student.pt")
-    del trainer
-    distributed.shutdown()
+# Few steps and a small rate of AdamW, which divides by the gradient's size: rounding must not grow.
+BASE: Sections = {
+    "train": {"steps": 3, "prompts_per_step": 4},
+    "log": {"every": 1},
+    "optimizer": {"lr": 1e-4},
+}
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    import socket
+def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    multiprocessing.spawn(train, (2, str(tmp_path / "port"), str(tmp_path / "two")), nprocs=2)
-    multiprocessing.spawn(train, (1, "", str(tmp_path / "one")), nprocs=1)
-    one, two = (torch.load(tmp_path / n / "student.pt", weights_only=True) for n in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-6, msg=name)
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+
+def train(runs: dict[Path, Sections]) -> None:
+    """Each run's student and average, at its end."""
+    for out, sections in runs.items():
+        config = tiny_config(out, **{name: BASE.get(name, {}) | sections.get(name, {}) for name in {*BASE, *sections}})
+        trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
+        trainer.run()
+        sharded = config.parallel.mode == "fsdp"
+        assert all(isinstance(weight, DTensor) == sharded for weight in trainer.student.parameters())
+        weights = whole(trainer.student.state_dict()), whole(trainer.ema.shadow)
+        if distributed.is_main():
+            torch.save(weights, out / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("single")
+    train({out: {}})
+    return out
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for expected, got in zip(torch.load(one / "weights.pt"), torch.load(other / "weights.pt"), strict=True):
+        assert expected.keys() == got.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=2e-6, msg=name)
+    for a, b in zip(metrics(one), metrics(other), strict=True):
         for key in ("loss", "error", "grad_norm", "kept", "g_norm"):
             torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-6)
+
+
+ACCUMULATED: Sections = {"train": {"prompts_per_rollout": 1, "points_per_micro_batch": 2}}
+FSDP: Sections = {"parallel": {"mode": "fsdp"}}
+HSDP: Sections = {"parallel": {"mode": "fsdp", "shard": 2}}
+WAYS: dict[int, dict[str, Sections]] = {
+    1: {"accumulated": ACCUMULATED},
+    2: {
+        "ddp": ACCUMULATED,
+        "fsdp": FSDP | ACCUMULATED,
+        "selective": FSDP | {"student": {"checkpointing": "selective"}},
+        "jvp": FSDP | {"student": {"derivative": "jvp", "checkpointing": "full"}},
+        "two_pass": FSDP | {"student": {"tangent": "two_pass"}, "text": {"once": False}},
+    },
+    4: {"ddp": {}, "hsdp": HSDP | {"student": {"checkpointing": "full"}}},
+}
+
+
+@pytest.mark.parametrize("ranks", WAYS)
+def test_the_number_of_ranks_changes_nothing(ranks: int, single: Path, tmp_path: Path) -> None:
+    on_ranks(ranks, train, {tmp_path / name: sections for name, sections in WAYS[ranks].items()})
+    for name in WAYS[ranks]:
+        assert_same_run(single, tmp_path / name)
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that move more than a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "c10d" and max(tensor.numel() for tensor in tensors_of(args)) > 1:
+            self.names.append(operator._opname)
+        return operator(*args, **(kwargs or {}))
+
+
+def tensors_of(args: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+
+
+def count_exchanges(out: Path) -> None:
+    names = {}
+    for mode in ("ddp", "fsdp"):
+        config = tiny_config(
+            out, parallel={"mode": mode}, train={"prompts_per_rollout": 1, "points_per_micro_batch": 2}
+        )
+        trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
+        trainer.train_step()
+        with Collectives() as collectives:
+            trainer.train_step()
+        names[mode] = collectives.names
+    if distributed.is_main():
+        write_json(out / "names.json", names)
+
+
+def test_gradients_are_exchanged_once_a_step(tmp_path: Path) -> None:
+    """Of a step of two rollouts with two micro-batches each; two blocks and the rest are sharded."""
+    on_ranks(2, count_exchanges, tmp_path)
+    names = json.loads((tmp_path / "names.json").read_text())
+    assert names["ddp"].count("allreduce_") == 1
+    gathers, scatters = (names["fsdp"].count(name) for name in ("_allgather_base_", "_reduce_scatter_base_"))
+    assert (gathers, scatters, len(names["fsdp"])) == (4 * (2 * 2 + 1), 3, 4 * (2 * 2 + 1) + 3)
