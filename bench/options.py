@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import arms
@@ -33,9 +34,9 @@ def machine(arguments: argparse.Namespace) -> tuple[torch.device, str]:
     return device, arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
 
 
-def arm_names(arguments: argparse.Namespace, device: torch.device, default: list[str]) -> list[str]:
-    """Those asked for, else those of `default` that differ on the device. Raises UserError for one that would not."""
-    same = [] if device.type == "cuda" else arms.ON_CUDA_ONLY
+def arm_names(arguments: argparse.Namespace, default: list[str], same: Collection[str]) -> list[str]:
+    """Those asked for, else those of `default`, without those of which nothing differs here (`same`). Raises UserError
+    where one of these is asked for."""
     if arguments.arms is None:
         return [name for name in default if name not in same]
     if useless := [name for name in arguments.arms if name in same]:

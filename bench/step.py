@@ -130,7 +130,7 @@ def main() -> None:
         if device.type != "cuda":
             raise UserError("--kernels needs a GPU: on a CPU no kernel runs")
         default = ["fast", *arms.KERNELS]
-    names = options.arm_names(arguments, device, default)
+    names = options.arm_names(arguments, default, [] if device.type == "cuda" else arms.ON_CUDA_ONLY)
     steps = min(arguments.steps, 5) if arguments.quick else arguments.steps
     quiet()
     reuse_freed_memory()

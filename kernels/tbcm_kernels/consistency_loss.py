@@ -25,6 +25,11 @@ from tbcm_kernels.launch import jit, launch, tl, triton, wide
 from tbcm_kernels.tangent import chunk
 
 
+def time_weight(t: Tensor, sigma_data: float) -> Tensor:
+    """w(t) = 1 / (sigma_d tan t), the prior weighting of sCM. In fp32 pi/2 rounds up: 0 there, not a little below."""
+    return torch.cos(t).clamp(min=0.0) / (sigma_data * torch.sin(t))
+
+
 def reference(
     F: Tensor, g: Tensor, logvar: Tensor, t: Tensor, keep: Tensor, count: int, sigma_data: float
 ) -> tuple[Tensor, Tensor]:
@@ -32,8 +37,7 @@ def reference(
     residual = torch.where(keep[:, None, None, None], F - F.detach() - g, 0.0)
     error = residual.square().mean(dim=(1, 2, 3))
     logvar = torch.where(keep, logvar, 0.0)
-    weight = torch.cos(t).clamp(min=0.0) / (sigma_data * torch.sin(t))
-    loss = (weight * torch.exp(-logvar) * error + logvar).sum() / count
+    loss = (time_weight(t, sigma_data) * torch.exp(-logvar) * error + logvar).sum() / count
     return loss, error.detach()
 
 

@@ -21,15 +21,21 @@ BLOCK = 1024
 """Elements a program takes: few, as a rollout has few prompts and the card many processors."""
 
 
+def combined(F: Tensor, guidance: Tensor) -> Tensor:
+    """Classifier-free guidance, F_uncond + w (F_cond - F_uncond), w = `guidance` [P] and in its dtype, of F [2 P, ...];
+    F [P, ...] of a single branch as it is."""
+    F = F.to(guidance.dtype)
+    if F.shape[0] == guidance.shape[0]:
+        return F
+    uncond, cond = F.chunk(2)
+    return uncond + guidance[:, None, None, None] * (cond - uncond)
+
+
 def reference(
     F: Tensor, x: Tensor, guidance: Tensor, delta: Tensor, xs: Tensor, dxdts: Tensor, i: int, sigma_data: float
 ) -> Tensor:
     """`trigflow_step` in plain PyTorch."""
-    F = F.to(x.dtype)
-    if F.shape[0] != x.shape[0]:
-        uncond, cond = F.chunk(2)
-        F = uncond + guidance[:, None, None, None] * (cond - uncond)
-    dxdt = sigma_data * F
+    dxdt = sigma_data * combined(F, guidance)
     xs[:, i], dxdts[:, i] = x, dxdt
     delta = delta[:, None, None, None]
     return torch.cos(delta) * x - torch.sin(delta) * dxdt

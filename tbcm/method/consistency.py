@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tbcm_kernels.consistency_loss import time_weight
 from torch import Tensor
 
 from tbcm.method.trigflow import per_sample
@@ -47,11 +48,6 @@ def network_tangents(dxdt: Tensor, t: Tensor, sigma_data: float) -> tuple[Tensor
     """
     cs = torch.cos(t) * torch.sin(t)
     return per_sample(cs, dxdt) * dxdt / sigma_data, cs
-
-
-def time_weight(t: Tensor, sigma_data: float) -> Tensor:
-    """w(t) = 1 / (sigma_d tan t), the prior weighting of sCM. In fp32 pi/2 rounds up: 0 there, not a little below."""
-    return torch.cos(t).clamp(min=0.0) / (sigma_data * torch.sin(t))
 
 
 def logvar_prior(t: Tensor, dim: int, sigma_data: float) -> Tensor:

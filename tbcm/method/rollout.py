@@ -21,14 +21,6 @@ def guided(net: Network, condition: Condition, null: Condition) -> Velocity:
     return lambda u, t: net(torch.cat([u, u]), torch.cat([t, t]), both).F
 
 
-def combined(F: Tensor, guidance: Tensor) -> Tensor:
-    """Classifier-free guidance, F_uncond + w (F_cond - F_uncond), w = `guidance` [P]; F of a single branch as it is."""
-    if F.shape[0] == guidance.shape[0]:
-        return F
-    uncond, cond = F.chunk(2)
-    return uncond + guidance.view(-1, 1, 1, 1) * (cond - uncond)
-
-
 def embedded(net: Network, condition: Condition, guidance: Tensor) -> Velocity:
     """A guidance-distilled network: w [P] goes in through its embedding, one branch only."""
     return lambda u, t: net(u, t, condition, guidance).F

@@ -9,9 +9,10 @@ The loss is TBCM's; only (x_t, dx_t/dt, t) come from elsewhere:
 from __future__ import annotations
 
 import torch
+from tbcm_kernels.trigflow_step import combined
 from torch import Tensor
 
-from tbcm.method.rollout import Velocity, combined
+from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import renoise
 from tbcm.method.types import Trajectory
 
@@ -26,5 +27,5 @@ def scm_trajectory(
     `velocity` was made with; all fp32.
     """
     x = renoise(x0, z, t)
-    dxdt = sigma_data * combined(velocity(x / sigma_data, t), guidance).float()
+    dxdt = sigma_data * combined(velocity(x / sigma_data, t), guidance)
     return Trajectory(x[:, None], dxdt[:, None], t[:, None], x0, guidance)

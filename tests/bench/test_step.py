@@ -32,7 +32,7 @@ def test_arms_differ_from_what_they_are_based_on_in_one_thing() -> None:
 
 
 def test_on_a_cpu_nothing_is_measured_that_does_nothing_there() -> None:
-    names = options.arm_names(argparse.Namespace(arms=None), CPU, list(arms.ARMS))
+    names = options.arm_names(argparse.Namespace(arms=None), list(arms.ARMS), arms.ON_CUDA_ONLY)
     configs = [arms.overrides(name, CPU) for name in names if name not in ("fast", "lean")]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import Gaussian
-from tbcm_kernels.consistency_loss import consistency_loss
+from tbcm_kernels.consistency_loss import consistency_loss, time_weight
 from tbcm_kernels.tangent import tangent
 from torch import Tensor
 
-from tbcm.method.consistency import RSchedule, logvar_prior, network_tangents, time_weight
+from tbcm.method.consistency import RSchedule, logvar_prior, network_tangents
 
 BATCH, SHAPE = 6, (2, 3, 4)
 DIM = math.prod(SHAPE)

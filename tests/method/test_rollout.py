@@ -4,9 +4,10 @@ import math
 
 import torch
 from helpers import Gaussian, random_condition
+from tbcm_kernels.trigflow_step import combined
 from torch import Tensor
 
-from tbcm.method.rollout import combined, embedded, guided, rollout
+from tbcm.method.rollout import embedded, guided, rollout
 from tbcm.method.types import Condition, Prediction
 
 HALF_PI = math.pi / 2

@@ -8,9 +8,10 @@ from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from helpers import random_condition
 from sana_cases import POINTS, PROMPTS, Batch, backbone_of, every_backbone
 from tbcm_kernels.consistency_loss import consistency_loss
+from tbcm_kernels.trigflow_step import combined
 from torch import Tensor
 
-from tbcm.method.rollout import combined, embedded, guided
+from tbcm.method.rollout import embedded, guided
 from tbcm.method.sampling import consistency_sample, student_times
 from tbcm.method.types import Condition
 from tbcm.models.sana import SanaTrigFlow
