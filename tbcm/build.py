@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.config import Config, Precision, Switch
+from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.images import CaptionedImages, open_images
-from tbcm.data.prompts import load_prompts
+from tbcm.data.prompts import PromptSource, load_prompts
 from tbcm.encoded import EncodedImages
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
 from tbcm.models.sana import SanaTrigFlow
-from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma
+from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
 from tbcm.overlap import Overlapped
 from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, TextConditions
 from tbcm.runtime import distributed
@@ -90,6 +93,7 @@ def pipeline_of(config: Config) -> Pipeline:
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
     prompts, images, vae = build_prompts(config), None, None
+    cached = build_cached_text(config, prompts, device) if config.text.cache else None
     if config.method.name == "scm" and config.data.images is not None:
         images = open_images(config.data.images, config.teacher.image_size, config.data.caption_column)
         vae = pipeline_of(config).load_vae(weights_dtype(dtype_of(config.teacher.precision, device))).to(device)
@@ -97,7 +101,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
     teacher.to(teacher_weights(config, device))
     black = build_black_latent(config, device)
-    text = build_text(config, device)
+    text = cached or build_text(config, device)
     if config.teacher.fp8:
         quantise(teacher, text.null_prompt, black.shape)
     return Parts(teacher, student, text, prompts, black, images, vae)
@@ -150,13 +154,16 @@ def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
     return Overlapped(source, device) if train.overlap_rollout else source
 
 
-def build_prompts(config: Config) -> Sequence[str]:
+def build_prompts(config: Config) -> PromptSource:
+    """Kept in the run's folder: checkpoints need it to be shared by all nodes anyway."""
     path = config.data.prompts
     shipped = resources.files("tbcm.emoji") / "assets" / "prompts.txt"
-    return load_prompts(Path(str(shipped)) if path == "emoji" else Path(path), config.data.column)
+    file = Path(str(shipped)) if path == "emoji" else Path(path)
+    return load_prompts(file, config.data.column, folder=Path(config.out) / "prompts")
 
 
 def build_text(config: Config, device: torch.device) -> TextConditions:
+    """With a text encoder, whether or not the configuration names a cache."""
     text, teacher = config.text, pipeline_of(config)
     encoder: TextEncoder
     if text.encoder == "minilm":
@@ -165,10 +172,39 @@ def build_text(config: Config, device: torch.device) -> TextConditions:
         encoder = load_gemma(
             text.path or teacher.location,
             revision=None if text.path else teacher.revision,
-            dtype=weights_dtype(dtype_of(text.precision, device)),  # Gemma-2 overflows in fp16
+            dtype=text_weights(config, device),
             device=device,
             max_tokens=text.max_tokens,
         )
+    return TextConditions(encoder, config.teacher.null_mask)
+
+
+def text_weights(config: Config, device: torch.device) -> torch.dtype:
+    """How the text encoder's weights are kept. MiniLM is small; Gemma-2 overflows in fp16."""
+    small = config.text.encoder == "minilm"
+    return torch.float32 if small else weights_dtype(dtype_of(config.text.precision, device))
+
+
+def text_identity(config: Config) -> dict[str, Any]:
+    """What decides a prompt's states, but for rounding: a cache must agree with the configuration in all of it."""
+    text, teacher = config.text, pipeline_of(config)
+    gemma = text.encoder == "gemma2"
+    return {
+        "text.encoder": text.encoder,
+        "text.path": (text.path or teacher.location) if gemma else None,
+        "teacher.revision": teacher.revision if gemma and not text.path else None,
+        "text.max_tokens": text.max_tokens,
+        "instruction": hashlib.sha256("\n".join(sana_instruction()).encode()).hexdigest()[:16] if gemma else None,
+    }
+
+
+def build_cached_text(config: Config, prompts: PromptSource, device: torch.device) -> TextConditions:
+    """Without a text encoder. Raises UserError where the cache is not of this configuration and these prompts."""
+    assert config.text.cache is not None
+    encoder = CachedEncoder(config.text.cache, device)
+    encoder.check({**text_identity(config), "data.prompts": distributed.run_on_main(prompts.digest)})
+    if unknown := [prompt for prompt in config.log.preview_prompts if prompt not in encoder]:
+        raise UserError(f"log.preview_prompts: {unknown[0]!r} is not in text.cache={config.text.cache}; take it out")
     return TextConditions(encoder, config.teacher.null_mask)
 
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tbcm.data.prompts import PromptSource, place, read_column
+from tbcm.data.prompts import PromptSource
+from tbcm.data.tables import place, read_column
 from tbcm.emoji.dataset import SIZE, read_atlas
 from tbcm.errors import UserError
 

@@ -1,35 +1,42 @@
 """Prompt files, and which prompts a training step takes.
 
-Files are read once with the standard library (text, CSV, JSON lines) or pyarrow (Parquet) and kept as one Arrow string
-array: the bytes of the text plus 8 bytes a prompt. The `datasets` library was considered and not taken: it writes a
-second copy of the file into a cache folder, takes seconds to import, may ask the hub, and cannot say which line is bad.
+A file is read once by rank 0, with the standard library (text, CSV, JSON lines) or pyarrow (Parquet), and written clean
+as an Arrow file, which every process maps into memory: however many prompts and ranks, a node holds them once, in its
+page cache. The `datasets` library was considered and not taken: it takes seconds to import, may ask the hub, and cannot
+say which line is bad.
 """
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from tbcm.data.tables import READERS, Entries, place, read_column, unit
 from tbcm.errors import UserError
+from tbcm.runtime import distributed
+from tbcm.runtime.files import atomic_path
+
+logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARACTERS = 2_000
 
-Entries = Iterator[tuple[int, Any]]  # (1-based line or row, value)
+_SCHEMA = pa.schema([("prompt", pa.large_string())])
+_PROMPTS_PER_BATCH = 65_536
 
 
 class PromptSource(Sequence[str]):
     """The prompts of one file, in its order."""
 
-    def __init__(self, prompts: pa.LargeStringArray) -> None:
+    def __init__(self, prompts: pa.LargeStringArray | pa.ChunkedArray) -> None:
         self._prompts = prompts
 
     @classmethod
@@ -40,8 +47,24 @@ class PromptSource(Sequence[str]):
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
 
+    @property
+    def arrow(self) -> pa.LargeStringArray | pa.ChunkedArray:
+        return self._prompts
+
+    def digest(self) -> str:
+        """Tells these prompts, in their order, from others. Takes a second for a million."""
+        digest = hashlib.sha256()
+        for prompt in self:
+            text = prompt.encode()
+            digest.update(b"%d " % len(text) + text)
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _PROMPTS_PER_BATCH):
+            yield from self[start : start + _PROMPTS_PER_BATCH]
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -52,44 +75,39 @@ class PromptSource(Sequence[str]):
         return picked.to_pylist() if isinstance(index, slice) else picked.as_py()
 
 
-def load_prompts(path: str | Path, column: str = "prompt") -> PromptSource:
-    """Read the prompts of a UTF-8 .txt (one a line), .jsonl or .csv file, or of a .parquet file.
+def load_prompts(path: str | Path, column: str = "prompt", *, folder: str | Path) -> PromptSource:
+    """The prompts of a UTF-8 .txt (one a line), .jsonl or .csv file, or of a .parquet file, mapped into memory.
 
-    White space around a prompt is stripped; blank and null prompts are dropped.
+    White space around a prompt is stripped; blank and null prompts are dropped, and their number and that of
+    duplicates, which stay, is logged. Every rank calls it. Rank 0 reads the file, unless `folder` has what came of it
+    before: the name tells path, size, time of change and column apart.
 
     Args:
         path: the file; its extension names the format.
         column: the key (.jsonl) or column (.csv, .parquet) that holds the prompts; not used for .txt.
+        folder: where the clean prompts are kept, such as the run's folder: every rank must see it.
 
     Raises:
         UserError: the file is missing, unreadable, empty, of an unknown kind, not UTF-8, malformed, lacks the column,
-            or holds a prompt that is not text or is longer than `MAX_PROMPT_CHARACTERS`.
+            or holds prompts that are not text or are longer than `MAX_PROMPT_CHARACTERS`; or a rank sees no `folder`.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _READERS:
-        raise UserError(f"{path}: unknown kind of prompt file; give one of {', '.join(_READERS)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such prompt file")
-    prompts = PromptSource.of(path, _cleaned(path, read_column(path, column)))
-    if len(prompts) == 0:
-        raise UserError(f"{path}: holds no prompts; give at least one")
-    return prompts
+    return open_prompts(distributed.run_on_main(lambda: _cleaned_file(Path(path), column, Path(folder))))
 
 
-def read_column(path: Path, column: str) -> Entries:
-    """Every entry of a .txt, .jsonl, .csv or .parquet file with its place, whatever it is. For .txt, `column` is not
-    used. Raises UserError where the file is not UTF-8, malformed or lacks the column."""
+def open_prompts(file: Path) -> PromptSource:
+    """The first column of an Arrow file, without reading it."""
     try:
-        yield from _READERS[path.suffix.lower()](path, column)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {_where_not_utf8(path)}; save the file as UTF-8") from error
-    except (OSError, csv.Error, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
+        return PromptSource(map_table(file).column(0))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not seen by this process: all nodes must share the folder it is in") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{file}: damaged ({error}); remove it to have it made again") from None
 
 
-def place(path: Path, where: int) -> str:
-    """How an error names an entry."""
-    return f"{path}, {'row' if path.suffix.lower() == '.parquet' else 'line'} {where}"
+def map_table(file: Path) -> pa.Table:
+    """An Arrow file, mapped into memory: what is not asked for is not read."""
+    with pa.memory_map(str(file)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
 
 
 def batch_indices(num_prompts: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
@@ -117,83 +135,73 @@ def prompt_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _cleaned(path: Path, entries: Entries) -> Iterator[str]:
-    """Stripped prompts without the blank ones."""
-    for where, value in entries:
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise UserError(f"{place(path, where)}: the prompt is {value!r}; give text")
-        prompt = value.strip()
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
+def _cleaned_file(path: Path, column: str, folder: Path) -> Path:
+    """Where the clean prompts of `path` are; made if need be."""
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: unknown kind of prompt file; give one of {', '.join(READERS)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file")
+    stat = path.stat()
+    source = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {column}"
+    target = folder / f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.arrow"
+    if not target.is_file():
+        _Cleaning(path).write(read_column(path, column), target)
+    return target
+
+
+class _Cleaning:
+    """Cleans one file, and notes what is told about it once, at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.blank = 0
+        self.too_long: list[tuple[int, int]] = []  # (where, characters)
+        self.places, self.hashes = array("q"), array("q")  # of each prompt
+
+    def write(self, entries: Entries, target: Path) -> None:
+        prompts = self._cleaned(entries)
+        with atomic_path(target) as part:
+            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+                while some := list(itertools.islice(prompts, _PROMPTS_PER_BATCH)):
+                    writer.write_batch(pa.record_batch([PromptSource.of(self.path, some).arrow], schema=_SCHEMA))
+            self._check()
+        self._report()
+
+    def _cleaned(self, entries: Entries) -> Iterator[str]:
+        """Stripped prompts without the blank ones."""
+        for where, value in entries:
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{place(self.path, where)}: the prompt is {value!r}; give text")
+            prompt = (value or "").strip()
+            if len(prompt) > MAX_PROMPT_CHARACTERS:
+                self.too_long.append((where, len(prompt)))
+            elif prompt:
+                self.places.append(where)
+                self.hashes.append(hash(prompt))
+                yield prompt
+            else:
+                self.blank += 1
+
+    def _check(self) -> None:
+        if self.too_long:
+            (where, characters), *others = self.too_long
+            more = f"; more are too long: {self._places([where for where, _ in others])}" if others else ""
             raise UserError(
-                f"{place(path, where)}: the prompt has {len(prompt):,} characters;"
-                f" shorten it to at most {MAX_PROMPT_CHARACTERS:,}"
+                f"{place(self.path, where)}: the prompt has {characters:,} characters;"
+                f" shorten it to at most {MAX_PROMPT_CHARACTERS:,}{more}"
             )
-        if prompt:
-            yield prompt
+        if not self.places:
+            raise UserError(f"{self.path}: holds no prompts; give at least one")
 
+    def _report(self) -> None:
+        hashes = np.frombuffer(self.hashes, np.int64)
+        order = np.argsort(hashes, kind="stable")
+        again = np.sort(order[1:][hashes[order[1:]] == hashes[order[:-1]]])  # all but the first of each
+        duplicates = f", duplicates among them: {self._places(np.asarray(self.places)[again])}" if len(again) else ""
+        blank = f", {self.blank:,} blank ones dropped" if self.blank else ""
+        logger.info("%s: %s prompts%s%s", self.path, f"{len(hashes):,}", blank, duplicates)
 
-def _read_text(path: Path, column: str) -> Entries:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from enumerate(file, start=1)
-
-
-def _read_jsonl(path: Path, column: str) -> Entries:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error.msg} at character {error.pos + 1}") from error
-            if not isinstance(entry, dict):
-                raise UserError(f"{path}, line {number}: give an object such as {{{column!r}: ...}}")
-            _require_column(f"{path}, line {number}", column, list(entry))
-            yield number, entry[column]
-
-
-def _read_csv(path: Path, column: str) -> Entries:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        if rows.fieldnames is not None:
-            _require_column(str(path), column, list(rows.fieldnames))
-        for row in rows:
-            yield rows.line_num, row[column]
-
-
-def _read_parquet(path: Path, column: str) -> Entries:
-    with pq.ParquetFile(path) as file:
-        _require_column(str(path), column, file.schema_arrow.names)
-        rows = itertools.count(1)
-        for batch in file.iter_batches(columns=[column]):
-            batch.validate(full=True)  # Parquet does not promise that its text is UTF-8
-            for value in batch.column(0).to_pylist():
-                yield next(rows), value
-
-
-_READERS: dict[str, Callable[[Path, str], Entries]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _require_column(where: str, column: str, columns: list[str]) -> None:
-    if column not in columns:
-        raise UserError(f"{where}: no column {column!r}; it has {', '.join(map(repr, columns)) or 'none'}")
-
-
-def _where_not_utf8(path: Path) -> str:
-    """Line, offset and value of the first byte that is not UTF-8."""
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"line {number}, byte {start + error.start:,} (0x{line[error.start]:02x}) is not UTF-8"
-            start += len(line)
-    raise AssertionError(f"{path} changed while it was read")
+    def _places(self, places: Sequence[int] | np.ndarray) -> str:
+        """How many, and the first few."""
+        first = ", ".join(str(where) for where in places[:3]) + ", ..." * (len(places) > 3)
+        return f"{len(places):,} ({unit(self.path)} {first})"

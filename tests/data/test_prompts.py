@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import socket
 from collections import Counter
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tbcm.data.prompts import MAX_PROMPT_CHARACTERS, batch_indices, load_prompts, prompt_order
+from tbcm.data import prompts as module
+from tbcm.data.prompts import MAX_PROMPT_CHARACTERS, PromptSource, batch_indices, load_prompts, prompt_order
 from tbcm.errors import UserError
 
 # Commas, quotes, a newline inside a prompt and characters of 2, 3 and 4 UTF-8 bytes.
@@ -38,9 +40,13 @@ TABLES = pytest.mark.parametrize(
 )
 
 
+def load(path: Path, **options: str) -> PromptSource:
+    return load_prompts(path, folder=path.parent / "clean", **options)
+
+
 def message(path: Path, **options: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_prompts(path, **options)
+        load(path, **options)
     text = str(caught.value)
     assert "\n" not in text
     assert str(path) in text
@@ -50,7 +56,7 @@ def message(path: Path, **options: str) -> str:
 def test_text_file_keeps_order_and_duplicates_and_drops_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.TXT"
     path.write_bytes("\ufeffa cat\r\n\r\n  a dog \n \t\na cat\n桜".encode())
-    source = load_prompts(path)
+    source = load(path)
     assert list(source) == ["a cat", "a dog", "a cat", "桜"]
     assert (len(source), source[1], source[-1], source[1:3]) == (4, "a dog", "桜", ["a dog", "a cat"])
 
@@ -59,7 +65,7 @@ def test_text_file_keeps_order_and_duplicates_and_drops_blank_lines(tmp_path: Pa
 def test_tables_give_back_every_prompt(tmp_path: Path, suffix: str, write: Writer) -> None:
     path = tmp_path / f"prompts.{suffix}"
     write(path, [AWKWARD[0], None, "  ", *AWKWARD[1:]])
-    assert list(load_prompts(path)) == AWKWARD
+    assert list(load(path)) == AWKWARD
 
 
 @TABLES
@@ -73,14 +79,14 @@ def test_a_missing_column_lists_those_there_are(tmp_path: Path, suffix: str, wri
 def test_the_named_column_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text("prompt,caption\nno,yes\n")
-    assert list(load_prompts(path, column="caption")) == ["yes"]
+    assert list(load(path, column="caption")) == ["yes"]
 
 
 @TABLES
 def test_too_long_a_prompt_is_named_by_place_and_length(tmp_path: Path, suffix: str, write: Writer) -> None:
     path = tmp_path / f"prompts.{suffix}"
     write(path, ["a" * MAX_PROMPT_CHARACTERS])
-    assert len(load_prompts(path)[0]) == 2_000
+    assert len(load(path)[0]) == 2_000
     write(path, ["a cat", "a dog", "b" * 10_000])
     place = {"csv": "line 4", "jsonl": "line 3", "parquet": "row 3"}[suffix]
     assert f"{place}: the prompt has 10,000 characters; shorten it to at most 2,000" in message(path)
@@ -157,13 +163,85 @@ def test_malformed_csv_and_parquet(tmp_path: Path) -> None:
     assert "row 1: the prompt is 1; give text" in message(path)
 
 
-def test_loading_leaves_no_files_and_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_leaves_one_file_and_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("network used"))
     path = tmp_path / "prompts.parquet"
     write_parquet(path, ["a cat"])
-    load_prompts(path)
-    assert list(tmp_path.iterdir()) == [path]
+    load(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clean", "prompts.parquet"]
+    assert len(list((tmp_path / "clean").iterdir())) == 1
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,caption\na cat,no\n")
+    assert list(load(path)) == ["a cat"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_column", lambda *_: pytest.fail("read again"))
+        assert list(load(path)) == ["a cat"]
+    assert list(load(path, column="caption")) == ["no"]
+    path.write_text("prompt,caption\na dog,no\n")
+    os.utime(path, ns=(1, 1))
+    assert list(load(path)) == ["a dog"]
+
+
+def test_prompts_are_mapped_and_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"a photo of cat number {i}\n" for i in range(150_000)))  # several Arrow batches
+    before = pa.total_allocated_bytes()
+    source = load(path)
+    assert (len(source), source[149_999], source[-2]) == (150_000, "a photo of cat number 149999", source[149_998])
+    assert source[65_535:65_537] == ["a photo of cat number 65535", "a photo of cat number 65536"]
+    assert list(source) == path.read_text().splitlines()
+    assert pa.total_allocated_bytes() - before < 10_000
+
+
+def test_a_file_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n" * 70_000 + "b" * 3_000)
+    assert "line 70001" in message(path)
+    assert not list((tmp_path / "clean").iterdir())
+
+
+def test_all_too_long_prompts_are_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join("x" * length for length in (2_001, 5, 2_000, 3_000, 3_001, 3_002, 3_003)))
+    text = message(path)
+    assert "line 1: the prompt has 2,001 characters" in text and "4 (line 4, 5, 6, ...)" in text
+
+
+def test_duplicates_and_blank_prompts_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(module.logger, "info", lambda message, *parts: told.append(message % parts))
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\na dog\na cat\n a cat \na sun\na dog\na cat\n")
+    for _ in range(2):
+        assert len(load(path)) == 7
+    assert told == [f"{path}: 7 prompts, 1 blank ones dropped, duplicates among them: 4 (line 4, 5, 7, ...)"]
+
+
+def test_a_rank_that_does_not_see_the_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n")
+    elsewhere = tmp_path / "elsewhere.arrow"
+    monkeypatch.setattr(module.distributed, "run_on_main", lambda _: elsewhere)
+    with pytest.raises(UserError, match=r"elsewhere\.arrow: .* all nodes must share"):
+        load(path)
+    elsewhere.write_bytes(b"ARROW1\0\0 and then nothing")
+    with pytest.raises(UserError, match=r"elsewhere\.arrow: damaged"):
+        load(path)
+
+
+def test_the_digest_tells_prompts_and_their_order_apart(tmp_path: Path) -> None:
+    def digest(*prompts: str, suffix: str = "txt") -> str:
+        path = tmp_path / f"prompts.{suffix}"
+        path.write_text("\n".join(["prompt"] * (suffix == "csv") + list(prompts)))
+        return load(path).digest()
+
+    lists = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("ab",), ("ab", "c", "c")]
+    assert len({digest(*prompts) for prompts in lists}) == len(lists)
+    assert digest("ab", "c", suffix="csv") == digest(" ab", "", "c")
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

@@ -1,0 +1,167 @@
+"""Text states that were computed once, read in place of a text encoder.
+
+    OUT/prompts.arrow             the distinct prompts in order of first appearance, and their sorted order
+        null.safetensors          the states of the null prompt
+        shard-00000.safetensors   those of 1,024 prompts, end to end, without padding
+        manifest.json             what they were made from and with, and every file's size; written last
+        prompts/                  the file they came from, clean (see `tbcm.data.prompts`)
+
+Prompts are found by their text, so this goes wherever a text encoder goes. Shards are safetensors: a read from the map
+costs what copying the bytes costs, and no file is held open, of which a large cache would have more than a process may.
+Training looks at sizes only; reading hundreds of GB to check digests is for `tbcm.encode --verify`.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from tbcm.data.prompts import map_table
+from tbcm.errors import UserError
+
+FORMAT = 1
+MANIFEST, PROMPTS, NULL = "manifest.json", "prompts.arrow", "null.safetensors"
+SHARD_PROMPTS = 1024
+"""At most 1.4 GB: 300 tokens of 2,304 bf16 numbers each."""
+
+
+class CachedEncoder:
+    """A `tbcm.models.text.TextEncoder` that looks up what another one computed.
+
+    Args:
+        folder: what `tbcm.encode` wrote.
+        device: where states are wanted. The host does not wait for their copy to a GPU.
+
+    Raises:
+        UserError: there is no finished cache, or one of its files is missing or cut.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        self.folder, self.device = Path(folder), torch.device(device)
+        self.manifest = read_manifest(self.folder)
+        for name, file in self.manifest["files"].items():
+            _check_size(self.folder / name, file["bytes"])
+        self.dim: int = self.manifest["dim"]
+        self.max_tokens: int = self.manifest["made_with"]["text.max_tokens"]
+        self._dtype: torch.dtype = getattr(torch, self.manifest["made_with"]["dtype"])
+        table = map_table(self.folder / PROMPTS)
+        self._prompts, self._order = table["prompt"], table["order"].chunk(0).to_numpy()
+        self._shards: dict[str, Shard] = {}
+
+    def check(self, wanted: Mapping[str, Any]) -> None:
+        """Raises UserError where the cache was not made from and with `wanted`: configuration key -> value."""
+        if different := differences({**self.manifest["made_from"], **self.manifest["made_with"]}, wanted):
+            raise UserError(
+                f"text.cache={self.folder} does not match (cache -> configuration): {different};"
+                " change the configuration, or run tbcm.encode with it into another folder"
+            )
+
+    def __contains__(self, prompt: str) -> bool:
+        return self._row(prompt) is not None
+
+    def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
+        """See `TextEncoder.encode`; states of padding are 0.
+
+        Raises UserError for a prompt that was not encoded, and where a file turns out to be damaged.
+        """
+        states = [self._states(prompt) if instruct else self._null(prompt) for prompt in prompts]
+        total, pinned = sum(map(len, states)), self.device.type == "cuda"
+        # Tokens alone are copied to the device. There, padding takes the row of zeros behind them.
+        tokens = torch.empty(total + 1, self.dim, dtype=self._dtype, pin_memory=pinned)
+        index = torch.full((len(prompts), self.max_tokens), total, pin_memory=pinned)
+        start = 0
+        for row, some in zip(index, states, strict=True):
+            tokens[start : start + len(some)] = some
+            row[: len(some)] = torch.arange(start, start + len(some))
+            start += len(some)
+        tokens[total] = 0
+        tokens, index = (x.to(self.device, non_blocking=True) for x in (tokens, index))
+        return functional.embedding(index, tokens).float(), index < total
+
+    def _states(self, prompt: str) -> Tensor:
+        row = self._row(prompt)
+        if row is None:
+            raise UserError(f"{self.folder} has no states of the prompt {prompt!r}: it was made from other prompts")
+        shard, place = divmod(row, SHARD_PROMPTS)
+        return self._shard(shard_name(shard))[place]
+
+    def _null(self, prompt: str) -> Tensor:
+        if prompt:
+            raise UserError(f"{self.folder} has states without instruction of the null prompt only, not of {prompt!r}")
+        return self._shard(NULL)[0]
+
+    def _row(self, prompt: str) -> int | None:
+        """Where `prompt` is among the distinct prompts."""
+
+        def text(row: int) -> str:
+            return self._prompts[int(row)].as_py()
+
+        place = bisect_left(self._order, prompt, key=text)
+        found = place < len(self._order) and text(self._order[place]) == prompt
+        return int(self._order[place]) if found else None
+
+    def _shard(self, name: str) -> Shard:
+        if name not in self._shards:
+            self._shards[name] = Shard(self.folder / name)
+        return self._shards[name]
+
+
+class Shard:
+    """A file of states, mapped into memory. Raises UserError where it is missing or not whole."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                self.states: Tensor = file.get_tensor("states")  # [tokens of all, D]; read where it is used
+                self.offsets: Tensor = file.get_tensor("offsets")  # [P + 1]: prompt p has tokens offsets[p : p + 2]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: missing or damaged ({error}); {_AGAIN}") from error
+        self._starts: list[int] = self.offsets.tolist()
+
+    def __getitem__(self, prompt: int) -> Tensor:
+        """Its states [tokens, D]."""
+        return self.states[self._starts[prompt] : self._starts[prompt + 1]]
+
+
+_AGAIN = "run tbcm.encode again as before, which makes what is missing"
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError where there is none, or none that this version reads."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}: encode again")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no cache of text states, or not a finished one ({MANIFEST}); {_AGAIN}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); remove it and {_AGAIN}") from error
+    return manifest
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Where `old` is not `new`, as "key: old -> new, ..."; empty where it is."""
+    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {_AGAIN}") from None
+    if actual != size:
+        raise UserError(f"{path}: damaged, it has {actual:,} bytes and not {size:,}; {_AGAIN}")
