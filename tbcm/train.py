@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+from tbcm.runtime import failure
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
 
 
 @command
+@failure.reported
 def main() -> int | None:
     arguments = parse()
     config = load_config(arguments.config, arguments.overrides)
@@ -62,20 +64,29 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     Returns the exit code: 130 for a run that was asked to stop (and has saved).
     """
+    from datetime import timedelta
+
     import torch
 
     from tbcm.runtime import distributed
     from tbcm.runtime.allocator import reuse_freed_memory
     from tbcm.runtime.files import RunLock
-    from tbcm.runtime.log import setup_logging
+    from tbcm.runtime.log import log_to_file, setup_logging
+    from tbcm.runtime.watchdog import Watchdog
 
-    torch_device = distributed.init(device)
+    timeout = 60 * config.parallel.timeout_minutes
+    # The watchdog knows more of a rank that hangs than a collective that waits for it: it is to come first.
+    torch_device = distributed.init(device, timedelta(seconds=timeout + 120))
     reuse_freed_memory()
     setup_logging()
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
-        return _run(config, torch_device, resume or distributed.is_restart())
+        log_to_file(config.out)
+        with Watchdog(timeout):
+            code = _run(config, torch_device, resume or distributed.is_restart())
+            distributed.shutdown()  # not after an error: the other ranks may be stuck, and `failure` ends this one
+        return code
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory ({error}): lower train.prompts_per_rollout or train.points_per_micro_batch, or set"
@@ -83,7 +94,6 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         ) from None
     finally:
         lock.release()
-        distributed.shutdown()
 
 
 def _run(config: Config, device: torch.device, resume: bool) -> int:

@@ -27,6 +27,7 @@ from tbcm.runtime.optimizer import build_optimizer
 from tbcm.runtime.parallel import accumulating, parallelize
 from tbcm.runtime.phases import phase
 from tbcm.runtime.profiling import StepProfiler
+from tbcm.runtime.signs import pulse
 from tbcm.runtime.update import build_update
 from tbcm.statistics import StepStatistics
 
@@ -93,7 +94,7 @@ class Trainer:
         self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.update(finite)
+        self.guard.update(finite, loss)
 
     def _accumulate(self, batch: Batch, *, last: bool, stop: Callable[[], bool]) -> Tensor | None:
         """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss, or
@@ -104,6 +105,7 @@ class Trainer:
         size = min(self.config.train.points_per_micro_batch or n, n)
         total = torch.zeros((), device=self.device)
         for start in range(0, n, size):
+            pulse.beat(self.step)
             if stop():
                 return None
             part: Trajectory = points.points(slice(start, start + size))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tbcm.errors import UserError
+from tbcm.runtime.signs import pulse
 
 T = TypeVar("T")
 
@@ -64,7 +63,6 @@ def shutdown() -> None:
     be out of use: were it the last to hold the group, it would free it under Python's lock and wait there for gloo's
     threads, which wait for the lock."""
     if is_initialized():
-        traceback.clear_frames(sys.exc_info()[2])  # where a run failed, its frames still hold the trainer
         gc.collect()
         dist.destroy_process_group()
 
@@ -106,7 +104,8 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if is_initialized():
-        dist.barrier()
+        with pulse.waiting():
+            dist.barrier()
 
 
 def local_slice(n: int) -> slice:
@@ -133,7 +132,8 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if not is_initialized():
         return values
     total = values.clone()
-    dist.all_reduce(total)
+    with pulse.waiting():
+        dist.all_reduce(total)
     return total
 
 
@@ -142,7 +142,8 @@ def all_true(flag: Tensor) -> Tensor:
     if not is_initialized():
         return flag
     smallest = flag.to(torch.int32)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    with pulse.waiting():
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
     return smallest.bool()
 
 
@@ -151,7 +152,8 @@ def any_rank(flag: bool) -> bool:
     if not is_initialized():
         return flag
     count = torch.tensor(int(flag))
-    dist.all_reduce(count)
+    with pulse.waiting():
+        dist.all_reduce(count)
     return bool(count)
 
 
@@ -168,7 +170,8 @@ def run_on_main(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    with pulse.waiting():
+        dist.broadcast_object_list(outcome)
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tbcm.errors import UserError
 from tbcm.runtime import distributed
+from tbcm.runtime.failure import file_logger
 from tbcm.runtime.files import atomic_path, explain_os_errors
 
 logger = logging.getLogger("tbcm")
@@ -30,11 +32,34 @@ logger = logging.getLogger("tbcm")
 def setup_logging(level: int = logging.INFO) -> None:
     """Sends tbcm's messages to stderr: all of them on rank 0, warnings on other ranks, with the rank in front."""
     name = "" if distributed.is_main() else f"[rank {distributed.rank()}] "
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(levelname)s %(message)s", "%H:%M:%S"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(level if distributed.is_main() else logging.WARNING)
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter(f"%(asctime)s {name}%(levelname)s %(message)s", "%H:%M:%S"))
+    console.setLevel(level if distributed.is_main() else logging.WARNING)
+    for handler in [*logger.handlers, *file_logger.handlers]:
+        handler.close()
+    logger.handlers[:], file_logger.handlers[:] = [console], [logging.NullHandler()]
     logger.propagate = False
+    for each in (logger, file_logger):
+        each.setLevel(level)
+
+
+def log_to_file(folder: str | os.PathLike[str]) -> None:
+    """From here on every rank also appends all its messages, with date and host, to FOLDER/logs/rank-00003.log.
+
+    Call it after `setup_logging`, and once the folder is known to be this run's.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    rank, host = distributed.rank(), socket.gethostname()
+    path = Path(folder) / "logs" / f"rank-{rank:05d}.log"
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} ({host}) %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    file_logger.addHandler(handler)
+    file_logger.info("process %d begins, as rank %d of %d: %s", os.getpid(), rank, distributed.world_size(), sys.argv)
 
 
 class MetricLog:

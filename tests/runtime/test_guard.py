@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tbcm.errors import UserError
+from tbcm.runtime import distributed
 from tbcm.runtime.guard import NonFiniteGuard
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
@@ -39,3 +43,38 @@ def test_state_goes_into_a_checkpoint() -> None:
     other.update(BAD)
     assert (int(other.total), int(other.in_a_row)) == (4, 3)
     assert int(guard.total) == 3
+
+
+def test_a_process_alone_names_no_rank() -> None:
+    guard = NonFiniteGuard(max_in_a_row=1)
+    guard.update(BAD, torch.tensor(float("nan")))
+    with pytest.raises(UserError) as caught:
+        guard.check(7, None)
+    assert "rank" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("counts", "where"),
+    [
+        ([("a", 2), ("b", 0), ("b", 1)], "rank 0 (a), rank 2 (b)"),
+        ([("a", 0), ("b", 0), ("b", 0)], "no rank, so it is the gradient"),
+        ([("a", 2), ("b", 2), ("b", 2)], "all 3 ranks"),
+    ],
+)
+def test_the_ranks_whose_loss_was_not_finite_are_named(
+    counts: list[tuple[str, int]], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(found: list[Any], own: tuple[str, int]) -> None:
+        assert own == (socket.gethostname(), 2)
+        found[:] = counts
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    guard = NonFiniteGuard(max_in_a_row=3)
+    # Only what came in this row of skipped updates counts, and of it only what was this rank's own.
+    for finite, loss in ((BAD, math.nan), (GOOD, 1.0), (BAD, math.inf), (BAD, 1.0), (BAD, math.nan)):
+        guard.update(finite, torch.tensor(loss))
+    with pytest.raises(UserError) as caught:
+        guard.check(9, None)
+    assert f"in 3 updates in a row at step 9 (the loss: on {where}): lower" in str(caught.value)

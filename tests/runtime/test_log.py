@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import warnings
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tbcm.errors import UserError
-from tbcm.runtime.log import MetricLog, logger, setup_logging
+from tbcm.runtime.failure import file_logger
+from tbcm.runtime.log import MetricLog, log_to_file, logger, setup_logging
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
@@ -83,21 +87,85 @@ def test_without_a_terminal_a_logged_step_is_one_line(tmp_path: Path, caplog: py
     assert "s/step" in second
 
 
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Puts tbcm's loggers back as they were."""
+    before = [(each, each.handlers[:], each.level, each.propagate) for each in (logger, file_logger)]
+    yield
+    for each, handlers, level, propagate in before:
+        for handler in each.handlers:
+            handler.close()
+        each.handlers[:], each.level, each.propagate = handlers, level, propagate
+
+
+def become_rank_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tbcm.runtime.distributed.rank", lambda: 3)
+
+
+@pytest.mark.usefixtures("loggers")
 def test_messages_name_the_rank_only_away_from_rank_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    try:
-        setup_logging()
-        logging.getLogger("tbcm.runtime.checkpoint").info("saved")
-        monkeypatch.setattr("tbcm.runtime.distributed.rank", lambda: 3)
-        setup_logging()
-        logger.info("unheard")
-        logger.warning("heard")
-    finally:
-        logger.handlers[:], logger.level, logger.propagate = before
+    setup_logging()
+    logging.getLogger("tbcm.runtime.checkpoint").info("saved")
+    become_rank_3(monkeypatch)
+    setup_logging()
+    logger.info("unheard")
+    logger.warning("heard")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["INFO saved", "[rank 3] WARNING heard"]
+
+
+@pytest.mark.usefixtures("loggers")
+def test_a_rank_keeps_all_its_messages_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    become_rank_3(monkeypatch)
+    for number in (1, 2):  # the second is a process that was restarted
+        setup_logging()
+        logger.info("too early %d", number)
+        log_to_file(tmp_path)
+        logger.info("info %d", number)
+        logger.warning("warning %d", number)
+        try:
+            raise ValueError(f"trouble {number}")
+        except ValueError:
+            file_logger.exception("failed")
+    lines = (tmp_path / "logs" / "rank-00003.log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("ValueError")] == [
+        "ValueError: trouble 1",
+        "ValueError: trouble 2",
+    ]
+    assert "Traceback (most recent call last):" in lines
+    stamped = [line.split(" rank 3 ", 1) for line in lines if " rank 3 " in line]
+    said = [text for _, text in stamped if "begins" not in text]
+    host = socket.gethostname()
+    assert said == [
+        f"({host}) {text}" for n in (1, 2) for text in (f"INFO info {n}", f"WARNING warning {n}", "ERROR failed")
+    ]
+    assert len(stamped) == len(said) + 2
+    for stamp, _ in stamped:
+        datetime.strptime(stamp, "%Y-%m-%d %H:%M:%S,%f")
+    err = capsys.readouterr().err
+    assert [line.split(" ", 1)[1] for line in err.splitlines()] == [f"[rank 3] WARNING warning {n}" for n in (1, 2)]
+
+
+@pytest.mark.usefixtures("loggers")
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    setup_logging()
+    (tmp_path / "logs").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write .*logs/rank-00000\.log: a file stands where a folder is needed"):
+        log_to_file(tmp_path)
+    assert (tmp_path / "logs").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("loggers")
+def test_the_bar_leaves_the_file_its_messages(tmp_path: Path) -> None:
+    setup_logging()
+    log_to_file(tmp_path)
+    with MetricLog(tmp_path, 10):
+        logger.info("while the bar stands")
+    assert "while the bar stands" in (tmp_path / "logs" / "rank-00000.log").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
