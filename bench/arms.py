@@ -61,8 +61,13 @@ ARMS = {
         Arm("fast", "all of the above: speed first", {}, "overlap"),
         Arm(
             "lean",
-            "fast, memory first: values recomputed, micro-batches of 3 points",
-            {"student.checkpointing": "full", "train.points_per_micro_batch": 3, "train.overlap_rollout": False},
+            "fast, memory first: values recomputed, micro-batches of 3 points, text from a cache",
+            {
+                "student.checkpointing": "full",
+                "train.points_per_micro_batch": 3,
+                "train.overlap_rollout": False,
+                "text.cache": "unused",
+            },
             "fast",
         ),
     )
@@ -106,6 +111,8 @@ def config(model: str, arm: str, method: str, samples: int, points: int, device:
         "log": {"preview_every": 0},
     }
     for key, value in overrides(arm, device).items():
+        if key == "text.cache" and method == "scm":
+            continue  # which encodes captions
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value
     return parse_config(tree, f"{model}/{arm}")

@@ -66,13 +66,14 @@ def report(trainer: Trainer, prompts: int, rollouts: int, source: str, flops: in
     """`prompts` of a rank's rollout, of which it takes `rollouts`; `flops` of one."""
     config, world = trainer.config, distributed.world_size()
     model = getattr(trainer.text.encoder, "model", None)
+    encoder = config.text.cache or config.text.encoder
     each = trainer.source.samples_per_prompt
     total = prompts * rollouts * world
     tera = flops * rollouts / 1e12
     lines = {
         "teacher": f"{_parameters(trainer.teacher)}, {source} ({config.teacher.path})",
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
-        "text encoder": f"{_parameters(model) if model is not None else 'none'} ({config.text.encoder})",
+        "text encoder": f"{_parameters(model) if model is not None else 'none'} ({encoder})",
         "step": (
             f"{total} {'images' if config.method.name == 'scm' else 'prompts'} x {each} points = {total * each} samples"
             f" optimised;"

@@ -76,20 +76,25 @@ class RandomImages:
 
 
 class RandomEncoder:
-    """A text encoder of the configured kind with random weights: costs what the real one costs, says nothing."""
+    """A text encoder of the configured kind with random weights: costs what the real one costs, says nothing. With
+    text.cache there is no `model`, and the states of all prompts are zero."""
 
     def __init__(self, config: Config, dim: int, device: torch.device) -> None:
         self.dim, self.max_tokens, self.device = dim, config.text.max_tokens, device
-        with _default_dtype(dtype_of(config.text.precision, device)):
-            self.model: nn.Module = _text_model(config.text.encoder)
-        freeze(self.model)
+        self.model: nn.Module | None = None
+        if config.text.cache is None:
+            with _default_dtype(dtype_of(config.text.precision, device)):
+                self.model = _text_model(config.text.encoder)
+            freeze(self.model)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
         length = self.max_tokens + (INSTRUCTION_TOKENS if instruct and self.dim == GEMMA_2_2B["hidden_size"] else 0)
+        mask = torch.ones(len(prompts), self.max_tokens, dtype=torch.bool, device=self.device)
+        if self.model is None:
+            return torch.zeros(*mask.shape, self.dim, device=self.device), mask
         ids = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
         states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        mask = torch.ones(len(prompts), self.max_tokens, dtype=torch.bool, device=self.device)
         return states[:, : self.max_tokens].float(), mask
 
 
