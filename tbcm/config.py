@@ -218,6 +218,11 @@ class Profile(Section):
 
 class Checkpoint(Section):
     every: PositiveInt = 1000
+    asynchronous: bool = Field(
+        True,
+        description="written beside the training, from a copy in host memory: of the whole state on one rank, with fsdp"
+        " of each rank's share",
+    )
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tbcm.method.types import Trajectory
 from tbcm.preview import Previewer
 from tbcm.rollouts import Batch
 from tbcm.runtime import checkpoint, distributed
+from tbcm.runtime.checkpoint_writer import CheckpointWriter
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.interrupt import StopRequest
@@ -56,8 +59,16 @@ class Trainer:
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
         self.statistics = StepStatistics(device)
         self.grad_norm = torch.zeros((), device=device)
+        c = config.checkpoint
+        self.writer = CheckpointWriter(
+            self.out,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            asynchronous=c.asynchronous,
+            timeout=timedelta(minutes=config.parallel.timeout_minutes),
+        )
         self.step = 0
-        self.last_saved: tuple[int, Path] | None = None
+        self._save_begun: int | None = None  # of the newest
 
     @property
     def samples_per_step(self) -> int:
@@ -150,6 +161,7 @@ class Trainer:
         with (
             MetricLog(self.out, steps, is_main=distributed.is_main(), start_step=self.step) as log,
             StopRequest() as stop,
+            contextlib.closing(self.writer),
         ):
             previewer = Previewer(self) if preview_every else None
             if previewer and self.step == 0:
@@ -171,9 +183,10 @@ class Trainer:
                     self._off_the_clock(self.save)
                 if previewer and self.step % preview_every == 0:
                     self._off_the_clock(lambda: previewer(log))
-            if self.last_saved is None or self.last_saved[0] != self.step:
-                self.guard.check(self.step, self.last_saved and self.last_saved[1])
+            if self._save_begun != self.step:
+                self._check_finite()
                 self.save()
+            self.writer.wait()
         if self.step < steps:
             why = "asked to stop" if stop.stop_requested else "out of time"
             logger.info("%s after step %d of %d; what was reached is saved", why, self.step, steps)
@@ -208,7 +221,10 @@ class Trainer:
                 "peak_gib": peak_memory_gib(self.device),
             },
         )
-        self.guard.check(self.step, self.last_saved and self.last_saved[1])
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        self.guard.check(self.step, self.writer.saved and self.writer.saved[1])
 
     # State
 
@@ -222,18 +238,15 @@ class Trainer:
         }
 
     def save(self) -> None:
-        c = self.config.checkpoint
-        config = self.config.model_dump(mode="json")
-        path = checkpoint.save(
-            self.out, self.step, self._state(), config=config, keep_last=c.keep_last, keep_every=c.keep_every
-        )
-        self.last_saved = self.step, path
+        """Begins a checkpoint; the training may go on while it is written (`CheckpointWriter`)."""
+        self.writer.save(self.step, self._state(), self.config.model_dump(mode="json"))
+        self._save_begun = self.step
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint of the run."""
         manifest = checkpoint.load(self.out, self._state())
-        self.step = int(manifest["step"])
-        self.last_saved = self.step, self.out / "checkpoints" / f"step-{self.step:08d}"
+        self.step = self._save_begun = int(manifest["step"])
+        self.writer.saved = self.step, self.out / "checkpoints" / f"step-{self.step:08d}"
         if changed := differences(manifest["config"], self.config.model_dump(mode="json")):
             logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))
         logger.info("resumed after step %d", self.step)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
 from tbcm.runtime.signs import pulse
@@ -125,6 +126,11 @@ def local_parts(n: int, at_once: int | None) -> list[slice]:
     share = local_slice(n)
     size = at_once or share.stop - share.start
     return [slice(start, min(start + size, share.stop)) for start in range(share.start, share.stop, size)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in place; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

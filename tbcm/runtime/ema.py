@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
+from tbcm.runtime.distributed import local
 
 _LARGEST_SIGMA_REL = 0.28  # gamma = 0 is at 0.2887; beyond, the profile grows towards the oldest weights
 
@@ -62,8 +63,8 @@ class EMA:
         """Takes in the model's weights. `finite`: bool scalar on the device, false where the step was skipped."""
         weight = self.advance(finite)
         params = _trainable(model)
-        end = [params[name].detach().float() for name in self.shadow]
-        torch._foreach_lerp_(list(self.shadow.values()), end, [weight] * len(end))
+        end = [local(params[name].detach()).float() for name in self.shadow]
+        torch._foreach_lerp_(list(map(local, self.shadow.values())), end, [weight] * len(end))
 
     def advance(self, finite: Tensor) -> Tensor:
         """Counts an update, for who moves the shadow (`update`; `fused_update`). Returns w_t, 0 where it was skipped:
@@ -85,13 +86,14 @@ class EMA:
     def copy_to(self, model: nn.Module) -> None:
         """Gives `model` the averaged weights, rounded to its dtype."""
         params = _trainable(model)
-        torch._foreach_copy_([params[name] for name in self.shadow], list(self.shadow.values()))
+        weights = [local(params[name]) for name in self.shadow]
+        torch._foreach_copy_(weights, list(map(local, self.shadow.values())))
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
         """Inside, `model` has the averaged weights (rounded to its dtype); afterwards its own, bit for bit."""
         params = _trainable(model)
-        targets = [params[name].detach() for name in self.shadow]
+        targets = [local(params[name].detach()) for name in self.shadow]
         own = [target.clone() for target in targets]
         self.copy_to(model)
         try:

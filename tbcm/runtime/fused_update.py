@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
+from tbcm.runtime.distributed import local
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.optimizer import gradient_norm, parameters
 
@@ -133,7 +134,7 @@ class FusedUpdate:
         if self._table is None or self._table.addresses != addresses:
             for name, row in zip(self.names, parts, strict=True):
                 _check_layout(name, *row)
-            sizes = [_local(param).numel() for param in self.params]
+            sizes = [local(param).numel() for param in self.params]
             self._table = _make_table(addresses, sizes, self.library, self.device)
         return self._table
 
@@ -141,7 +142,7 @@ class FusedUpdate:
         """This rank's weight, averages, step, shadow and, if any, copy, in the order of the table."""
         state = self.optimizer.state[param]
         parts = [param, state["exp_avg"], state["exp_avg_sq"], state["step"], self.ema.shadow[name]]
-        return [_local(part) for part in (*parts, *([self.copies[name]] if name in self.copies else []))]
+        return [local(part) for part in (*parts, *([self.copies[name]] if name in self.copies else []))]
 
 
 @cache
@@ -214,17 +215,13 @@ def _check_layout(
             raise UserError(f"weight {name} has state not in float32 on {param.device}: set optimizer.fused=false")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _gradient(param: Tensor) -> Tensor | None:
     """This rank's gradient, in the weight's order of memory (in which autograd and DDP nearly always give it)."""
     if param.grad is None:
         return None
     if isinstance(param, DTensor) and isinstance(param.grad, DTensor) and param.grad.placements != param.placements:
         raise TypeError(f"a gradient is {param.grad.placements} where its weight is {param.placements}")
-    gradient, weight = _local(param.grad), _local(param)
+    gradient, weight = local(param.grad), local(param)
     if gradient.stride() == weight.stride():
         return gradient
     return torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)

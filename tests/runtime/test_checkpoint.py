@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import random
 import shutil
+import signal
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +16,12 @@ from typing import IO, Any
 
 import pytest
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from tbcm.errors import UserError
 from tbcm.runtime import checkpoint
+from tbcm.runtime.checkpoint_writer import CheckpointWriter, HostCopy
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
@@ -91,6 +98,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, optimizer: str) -> 
     assert path == tmp_path / "checkpoints" / "step-00000004"
     assert (manifest["step"], manifest["config"]) == (4, {"lr": 1e-2})
     assert manifest["versions"]["torch"] == torch.__version__
+    assert (manifest["ranks"], manifest["sharded"]) == (1, False)
     assert int(resumed.guard.total) == 1
     assert int(resumed.model.get_buffer("calls")) == 7
 
@@ -163,21 +171,192 @@ def full_disk_while_writing(self: FileSystem, path: Path, mode: str) -> Iterator
         yield stream
 
 
+def save_and_wait(writer: CheckpointWriter, step: int, state: dict[str, Any]) -> None:
+    writer.save(step, state, {})
+    writer.wait()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("create_stream", [full_disk_while_opening, full_disk_while_writing])
 def test_a_full_disk_leaves_earlier_checkpoints_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create_stream: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, create_stream: Any, asynchronous: bool
 ) -> None:
     run = saved_run(tmp_path, 1, 2)
+    writer = CheckpointWriter(tmp_path, keep_last=1, asynchronous=asynchronous)
     with monkeypatch.context() as patch:
         patch.setattr(FileSystem, "create_stream", create_stream)
         with pytest.raises(UserError, match="free some space") as caught:
-            checkpoint.save(tmp_path, 3, run.state, config={}, keep_last=1)
+            save_and_wait(writer, 3, run.state)
     assert "step-00000003" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert writer.saved is None
     resumed = Run(seed=1)
     assert checkpoint.load(tmp_path, resumed.state)["step"] == 2
     assert_same(run, resumed)
+    save_and_wait(writer, 3, run.state)  # now that there is space
+    assert writer.saved == (3, tmp_path / "checkpoints" / "step-00000003")
+    assert names(tmp_path) == ["step-00000003"]
+
+
+@contextmanager
+def held(monkeypatch: pytest.MonkeyPatch, failure: OSError | None = None) -> Iterator[None]:
+    """The writing that begins in the block stops at its first file until the end of the block, and fails there or goes
+    on."""
+    open_file, begun, release = FileSystem.create_stream, threading.Event(), threading.Event()
+
+    def wait(self: FileSystem, path: Path, mode: str) -> Any:
+        begun.set()
+        assert release.wait(60)
+        if failure:
+            raise failure
+        return open_file(self, path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", wait)
+        yield
+        assert begun.wait(60)
+    release.set()
+
+
+def test_training_goes_on_while_its_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, then = Run(), Run()
+    run.train(0, 3)
+    then.train(0, 3)
+    writer = CheckpointWriter(tmp_path)
+    for step in (3, 5):  # the second time in the buffers of the first
+        with held(monkeypatch):
+            writer.save(step, run.state, {})
+            assert not (tmp_path / "checkpoints" / f"step-{step:08d}").exists()
+            run.train(step, step + 2)
+        writer.wait()
+        resumed = Run(seed=1)
+        assert checkpoint.load(tmp_path, resumed.state)["step"] == step
+        assert_same(then, resumed)
+        then.train(step, step + 2)
+
+
+def test_one_save_is_in_flight_and_its_error_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, writer = saved_run(tmp_path, 1), CheckpointWriter(tmp_path)
+    with held(monkeypatch):
+        writer.save(2, run.state, {})
+        assert writer.saved is None
+    writer.save(3, run.state, {})
+    assert writer.saved == (2, tmp_path / "checkpoints" / "step-00000002")
+    writer.wait()
+    with held(monkeypatch, OSError(errno.ENOSPC, "No space left on device")):
+        writer.save(4, run.state, {})
+    with pytest.raises(UserError, match=r"cannot write .*step-00000004: the disk is full"):
+        writer.save(5, run.state, {})
+    assert writer.saved == (3, tmp_path / "checkpoints" / "step-00000003")
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    save_and_wait(writer, 6, run.state)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+
+
+def test_a_run_that_fails_lets_its_save_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, writer = Run(), CheckpointWriter(tmp_path)
+    writer.save(1, run.state, {})
+    writer.close()
+    assert names(tmp_path) == ["step-00000001"]
+    with held(monkeypatch, OSError(errno.ENOSPC, "No space left on device")):
+        writer.save(2, run.state, {})
+    writer.close()
+    assert "step-00000002 was not saved" in caplog.text
+    writer.wait()  # nothing is left to wait for
+
+
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_a_copy_keeps_bits_structure_and_buffers(device: str) -> None:
+    whole = torch.arange(12.0, device=device).reshape(3, 4)
+    images = torch.randn(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last)
+    state = {"view": whole[1:, ::2], "images": images, "rest": OrderedDict(none=None, pair=(1, 0.5), rows=[whole, "x"])}
+    copy = HostCopy()
+    first = copy(state)
+    assert first["view"].device.type == "cpu"
+    assert first["view"].is_pinned() == (device == "cuda")
+    assert torch.equal(first["view"], torch.tensor([[4.0, 6.0], [8.0, 10.0]]))
+    assert torch.equal(first["images"], images.cpu())
+    assert (first["rest"]["none"], first["rest"]["pair"], first["rest"]["rows"][1]) == (None, (1, 0.5), "x")
+    whole.neg_()
+    assert first["view"][0, 0] == first["rest"]["rows"][0][1, 0] == 4
+    second = copy(state)
+    assert second["view"][0, 0] == second["rest"]["rows"][0][1, 0] == -4
+    assert second["images"].data_ptr() == first["images"].data_ptr() != images.data_ptr()
+    state["view"] = torch.ones(3, dtype=torch.float64)  # a buffer that no longer fits is replaced
+    assert copy(state)["view"].equal(torch.ones(3, dtype=torch.float64))
+
+
+def state_at(step: int) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(step)
+    return {"some": {f"weight{i}": torch.randn(100, 100, generator=draw) for i in range(10)}, "steps": {"done": step}}
+
+
+def save_until_killed(folder: Path, done: int) -> None:
+    writer, state = CheckpointWriter(folder, keep_last=1 + done % 2), state_at(done)
+    for step in range(done + 1, done + 1000):
+        for name, value in state_at(step)["some"].items():  # in place, as an optimiser does
+            state["some"][name].copy_(value)
+        state["steps"]["done"] = step
+        writer.save(step, state, {})
+    os._exit(1)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
+
+
+def kill_ten_times(folder: Path) -> None:
+    torch.set_num_threads(1)
+    draw, step = random.Random(0), 0
+    for _ in range(10):
+        child = os.fork()  # faster than a new process, and safe: no other thread runs here
+        if child == 0:
+            save_until_killed(folder, step)
+        while max(steps_in(folder), default=0) <= step:  # it has begun
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for step in steps_in(folder):
+            loaded = {"some": {f"weight{i}": torch.zeros(100, 100) for i in range(10)}, "steps": {"done": 0}}
+            assert checkpoint.load(folder / "checkpoints" / f"step-{step:08d}", loaded)["step"] == step
+            expected = state_at(step)
+            assert loaded["steps"] == expected["steps"]
+            assert all(torch.equal(loaded["some"][name], value) for name, value in expected["some"].items())
+
+
+def raise_during_a_save(folder: Path) -> None:
+    opened = FileSystem.create_stream
+
+    def slowly(self: FileSystem, path: Path, mode: str) -> Any:
+        time.sleep(0.5)
+        return opened(self, path, mode)
+
+    FileSystem.create_stream = slowly  # type: ignore[method-assign]
+    CheckpointWriter(folder).save(7, state_at(7), {})
+    raise SystemExit(3)
+
+
+def exit_code(function: Any, *arguments: Any) -> int | None:
+    """Of a new process that runs `function`."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join(100)
+    process.kill()
+    return process.exitcode
+
+
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    assert exit_code(kill_ten_times, tmp_path) == 0
+
+
+def test_a_process_that_raises_ends_its_save(tmp_path: Path) -> None:
+    assert exit_code(raise_during_a_save, tmp_path) == 3
+    assert names(tmp_path) == ["step-00000007"]
+    assert checkpoint.latest(tmp_path) is not None
 
 
 def test_keep_last_and_keep_every(tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def test_sharded_weights(host_library: ctypes.CDLL) -> None:
             norm, finite = update.clip()
             assert norm == pytest.approx(math.sqrt(1240 + 14))
             update.step(finite)
-        return [fused_update._local(value).detach() for value in (*model.parameters(), *ema.shadow.values())]
+        return [fused_update.local(value).detach() for value in (*model.parameters(), *ema.shadow.values())]
 
     sharded = outcome(lambda value: distribute_tensor(value, mesh, [Shard(0)]))
     assert all(map(torch.equal, sharded, outcome(lambda value: value)))

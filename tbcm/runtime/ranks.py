@@ -1,0 +1,83 @@
+"""Collectives of a few objects over a chosen process group, for work that goes on beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from tbcm.errors import UserError
+from tbcm.runtime import distributed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who works on something together, seen from one of them. `Ranks()` is a process by itself."""
+
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None
+    """None: the default group."""
+
+    @classmethod
+    def all(cls, group: dist.ProcessGroup | None = None) -> Ranks:
+        return cls(distributed.rank(), distributed.world_size(), group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """`distributed.run_on_main` among these ranks.
+
+        Raises:
+            UserError: another rank has died, or kept silent for the group's timeout. And what `function` raises.
+        """
+        if self.world == 1:
+            return function()
+        outcome = [_outcome(function) if self.is_main else None]
+        with explain_lost_ranks():
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
+        return _result(outcome[0])
+
+    def on_each(self, function: Callable[[], T]) -> list[T]:
+        """Calls `function` on every rank and returns all results, in the ranks' order, on every rank.
+
+        Raises:
+            UserError: as `on_main`. And what `function` raises on any rank.
+        """
+        if self.world == 1:
+            return [function()]
+        outcomes: list[Any] = [None] * self.world
+        with explain_lost_ranks():
+            dist.all_gather_object(outcomes, _outcome(function), group=self.group)
+        return [_result(outcome) for outcome in outcomes]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _result(outcome: Any) -> Any:
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def explain_lost_ranks() -> Iterator[None]:
+    """Turns what gloo raises inside, when another rank is gone or silent for too long, into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"another rank has died or does not answer: its own log says why ({reason})") from error
