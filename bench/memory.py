@@ -18,7 +18,6 @@ import options
 import torch
 from measure import Measured, freed, parts, quiet
 from rows import append, table
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from tbcm.accounting import CostCounter
 from tbcm.config import Config
 from tbcm.dryrun import as_on_a_gpu, eager
 from tbcm.errors import UserError, command
+from tbcm.holdings import holdings
 from tbcm.runtime.files import atomic_path
 from tbcm.trainer import Trainer
 
@@ -45,6 +45,7 @@ COLUMNS = {
     "optimizer_gib": "optimiser and EMA",
     "note": "note",
 }
+NETWORKS = ["teacher", "student", "text encoder", "VAE"]
 Row = dict[str, Any]
 
 
@@ -54,7 +55,7 @@ def measured(arm: str, config: Config, device: torch.device) -> Row:
     made.warm_up()
     made.step()
     peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    base = torch.cuda.memory_allocated(device) + _gradients(made.trainer)
+    base = torch.cuda.memory_allocated(device) + holdings(made.trainer)["gradients"]
     return _row(made.trainer, peak, base) | {"reserved_gib": reserved / 2**30, "accounted": False}
 
 
@@ -64,16 +65,14 @@ def accounted(arm: str, config: Config, device: torch.device) -> Row:
     with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
         trainer = Trainer(config, device, parts(config, device))
         counter.peak = counter.live  # making them may take more than keeping them
-        base = counter.live + _gradients(trainer)
+        base = counter.live + holdings(trainer)["gradients"]
         trainer.train_step()
     return _row(trainer, counter.peak, base) | {"accounted": True}
 
 
 def _row(trainer: Trainer, peak: int, base: int) -> Row:
-    vae = trainer.parts.vae
-    networks = [trainer.teacher, trainer.student, getattr(trainer.text.encoder, "model", None), vae]
-    weights = sum(_bytes(net) for net in networks if net is not None)
-    gradients = _gradients(trainer)
+    held = holdings(trainer)
+    weights, gradients = (sum(held[name] for name in names) for names in (NETWORKS, ["gradients"]))
     return {
         "samples": trainer.samples_per_step,
         "points": trainer.config.method.route.points if trainer.config.method.name == "tbcm" else 1,
@@ -84,14 +83,6 @@ def _row(trainer: Trainer, peak: int, base: int) -> Row:
         "gradients_gib": gradients / 2**30,
         "optimizer_gib": (base - weights - gradients) / 2**30,
     }
-
-
-def _bytes(net: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*net.parameters(), *net.buffers()))
-
-
-def _gradients(trainer: Trainer) -> int:
-    return sum(parameter.nbytes for parameter in trainer.parameters)
 
 
 def run(model: str, wanted: list[tuple[str, str, int, int]], device: torch.device, out: Path) -> list[Row]:

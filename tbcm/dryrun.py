@@ -13,40 +13,53 @@ from tbcm.accounting import CostCounter
 from tbcm.build import Parts, build_parts
 from tbcm.config import Config
 from tbcm.errors import UserError
+from tbcm.holdings import gathered, holdings, on_a_rank
 from tbcm.random_parts import random_parts
 from tbcm.runtime import distributed
+from tbcm.runtime.parallel import shard_size
 from tbcm.trainer import Trainer, peak_memory_gib
 
 
 def dry_run(config: Config, device_name: str | None) -> None:
-    """Takes one step of the configured run and prints parameters, FLOPs and peak memory.
+    """Prints parameters, FLOPs of a step, what each rank will hold and its peak memory; with a GPU, takes a real step
+    after that and prints the peak that was measured.
 
     FLOPs are counted in an eager step on tensors without data (PyTorch's meta device, behind fake tensors), where no
-    compiled graph or kernel hides a product. With a GPU a real step gives the memory; without one it is the sum of the
-    live tensors, not a measurement. Rollouts that follow one another in a step cost the same: one is run, the gradients
-    it adds to being there from the start, and its FLOPs are multiplied.
-    Where the teacher is not on this machine its architecture gets random weights, which cost the same.
+    compiled graph or kernel hides a product; memory is the sum of the live tensors. Rollouts that follow one another in
+    a step cost the same: one is run, the gradients it adds to being there from the start, and its FLOPs are multiplied.
+    Where the teacher is not on this machine its architecture gets random weights, which cost the same. Under torchrun
+    it is the run of as many ranks.
     """
     device = distributed.init(device_name)
     parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
     prompts, rollouts = parts[0].stop - parts[0].start, len(parts)
+    if distributed.is_main():
+        print(account(config, prompts, rollouts), flush=True)
+    if device.type == "cuda":
+        measured = measure(_with_prompts(config, prompts * distributed.world_size()), device, rollouts)
+        if distributed.is_main():
+            print(_lines({"measured": measured}))
+    distributed.shutdown()
+
+
+def account(config: Config, prompts: int, rollouts: int) -> str:
+    """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each."""
+    shard = shard_size(config.parallel.shard) if config.parallel.mode == "fsdp" else 1
     with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
         trainer = _trainer(_with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu"), None, rollouts)
-        resident, flops = counter.live, counter.flops
+        flops = counter.flops
         trainer.train_step()
-    flops, source = counter.flops - flops, "random weights"
-    memory = (
-        f"{counter.peak / 2**30:.2f} GiB, {resident / 2**30:.2f} GiB of it resident (accounted, not measured: live"
-        " tensors on the meta device, in the precision of a GPU)"
-    )
-    if device.type == "cuda":
-        config = _with_prompts(config, prompts * distributed.world_size())
-        loaded, source = _parts_or_random(config, device)
-        trainer = _trainer(config, device, loaded, rollouts)
-        trainer.train_step()
-        torch.cuda.synchronize(device)
-        memory = f"{peak_memory_gib(device):.2f} GiB (measured on {torch.cuda.get_device_name(device)})"
-    print(report(trainer, prompts, rollouts, source, flops, memory))
+    figures = report(trainer, prompts, rollouts, counter.flops - flops)
+    return _lines(figures | memory_report(trainer, rollouts, shard, counter.peak))
+
+
+def measure(config: Config, device: torch.device, rollouts: int) -> str:
+    """The peak memory of a real step."""
+    parts, source = _parts_or_random(config, device)
+    trainer = _trainer(config, device, parts, rollouts)
+    trainer.train_step()
+    torch.cuda.synchronize(device)
+    return f"{peak_memory_gib(device):.2f} GiB at the peak ({torch.cuda.get_device_name(device)}, {source})"
 
 
 def _trainer(config: Config, device: torch.device, parts: Parts | None, rollouts: int) -> Trainer:
@@ -62,26 +75,43 @@ def _with_prompts(config: Config, prompts: int) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
 
 
-def report(trainer: Trainer, prompts: int, rollouts: int, source: str, flops: int, memory: str) -> str:
-    """`prompts` of a rank's rollout, of which it takes `rollouts`; `flops` of one."""
+def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[str, str]:
+    """`flops` of a rollout."""
     config, world = trainer.config, distributed.world_size()
     model = getattr(trainer.text.encoder, "model", None)
     encoder = config.text.cache or config.text.encoder
     each = trainer.source.samples_per_prompt
     total = prompts * rollouts * world
     tera = flops * rollouts / 1e12
-    lines = {
-        "teacher": f"{_parameters(trainer.teacher)}, {source} ({config.teacher.path})",
+    return {
+        "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path})",
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
         "text encoder": f"{_parameters(model) if model is not None else 'none'} ({encoder})",
         "step": (
-            f"{total} {'images' if config.method.name == 'scm' else 'prompts'} x {each} points = {total * each} samples"
-            f" optimised;"
-            f" {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"
+            f"{total} {'images' if config.method.name == 'scm' else 'prompts'} x {each} points = {total * each}"
+            f" samples optimised; {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"
         ),
-        "FLOPs a step": f"{tera:.4g} TFLOP on this rank ({tera * world / (total * each):.4g} a sample)",
-        "peak memory": memory,
+        "FLOPs a step": f"{tera:.4g} TFLOP on each rank ({tera * world / (total * each):.4g} a sample)",
     }
+
+
+def memory_report(trainer: Trainer, rollouts: int, shard: int, peak: int) -> dict[str, str]:
+    """`peak`: bytes, of a step with a whole student."""
+    size = trainer.config.train.points_per_micro_batch
+    accumulates = rollouts > 1 or (size is not None and size < trainer.source.samples_per_prompt)
+    whole = holdings(trainer)
+    held = on_a_rank(whole, shard, accumulates=accumulates)
+    if shard > 1:
+        peak += sum(held.values()) - sum(whole.values()) + gathered(trainer.student, trainer.blocks)
+    sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
+    over = f"student over {shard} ranks" if shard > 1 else "student on each"
+    return {
+        "a rank holds": f"{sum(held.values()) / 2**30:.2f} GiB: {sizes} ({over})",
+        "peak memory": f"{peak / 2**30:.2f} GiB (accounted, not measured: live tensors, in the precision of a GPU)",
+    }
+
+
+def _lines(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:>14}: {value}" for name, value in lines.items())
 
 

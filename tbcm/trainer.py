@@ -46,8 +46,8 @@ class Trainer:
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
         self.source = build_source(config, device, parts)
-        blocks = self.student.backbone.transformer_blocks
-        self.wrapped = parallelize(self.student, blocks, config.parallel.mode, config.parallel.shard, device)
+        self.blocks = self.student.backbone.transformer_blocks
+        self.wrapped = parallelize(self.student, self.blocks, config.parallel.mode, config.parallel.shard, device)
         self.dtype = dtype_of(config.student.precision, device)
         o, e, r = config.optimizer, config.ema, config.method.r
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]

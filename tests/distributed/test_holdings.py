@@ -1,0 +1,66 @@
+"""What a dry run says that a rank holds is what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from tiny import tiny_config, tiny_parts
+from torch import Tensor
+
+from tbcm.holdings import gathered, holdings, on_a_rank
+from tbcm.runtime import distributed
+from tbcm.runtime.distributed import local
+from tbcm.runtime.files import write_json
+from tbcm.trainer import Trainer
+
+
+def size(tensors: Any) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def trainer_of(out: Path, optimizer: str, mode: str = "ddp") -> Trainer:
+    config = tiny_config(out, optimizer={"name": optimizer}, parallel={"mode": mode})
+    return Trainer(config, torch.device("cpu"), tiny_parts(config))
+
+
+def hold(out: Path) -> None:
+    found = {}
+    for name in ("adamw", "came"):
+        trainer = trainer_of(out, name, "fsdp")
+        state = [value for of_one in trainer.optimizer.state.values() for value in of_one.values()]
+        found[name] = {
+            "teacher": size([*trainer.teacher.parameters(), *trainer.teacher.buffers()]),
+            "student": size([*trainer.student.parameters(), *trainer.student.buffers()]),
+            "optimizer": size(state),
+            "average": size(trainer.ema.shadow.values()),
+        }
+    if distributed.is_main():
+        write_json(out / "held.json", found)
+
+
+def test_a_rank_of_two_holds_its_share(tmp_path: Path) -> None:
+    on_ranks(2, hold, tmp_path)
+    found = json.loads((tmp_path / "held.json").read_text())
+    for name in ("adamw", "came"):
+        told = on_a_rank(holdings(trainer_of(tmp_path, name)), 2, accumulates=False)
+        # Rank 0 has the larger half of an odd number of rows, and all of CAME's factors: much in a model as small as this.
+        tolerance = {"adamw": 0.05, "came": 0.15}[name]
+        assert {kind: told[kind] for kind in found[name]} == pytest.approx(found[name], rel=tolerance)
+
+
+def test_bytes_by_hand(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "adamw")
+    numbers = sum(p.numel() for p in trainer.student.parameters())
+    whole = holdings(trainer)
+    assert (whole["gradients"], whole["average"]) == (4 * numbers, 4 * numbers)
+    assert whole["optimizer"] == 8 * numbers + 4 * len(trainer.parameters)  # and the count of steps
+    assert whole["text encoder"] == whole["VAE"] == 0
+    share = on_a_rank(whole, 3, accumulates=True)
+    assert share == whole | {name: -(-whole[name] // 3) for name in ("student", "optimizer", "average")}
+    # Of two blocks both are gathered: then it is the whole student.
+    assert gathered(trainer.student, trainer.blocks) == 4 * numbers
