@@ -191,6 +191,31 @@ def test_unknown_keys_are_refused_before_anything_is_loaded(call: Run, config: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.mode=zero", ["parallel.mode = 'zero'", "'ddp' or 'fsdp'"]),
+        ("parallel.shard=0", ["parallel.shard = 0", "greater than 0"]),
+        ("parallel.shards=2", ["unknown key 'parallel.shards'", "mode, shard, timeout_minutes"]),
+        ("parallel.timeout_minutes=-1", ["parallel.timeout_minutes = -1", "greater than 0"]),
+        ("parallel=fsdp", ["parallel = 'fsdp'", "dictionary"]),
+        ("checkpoint.every=0", ["checkpoint.every = 0"]),
+        ("checkpoint.asynchronous=often", ["checkpoint.asynchronous = 'often'", "boolean"]),
+        ("text.cache=nowhere", ["nowhere", "no cache of text states", "tbcm.encode"]),
+        ("data.prompts=nowhere.txt", ["nowhere.txt", "no such prompt file"]),
+        ("data.prompts=nowhere.docx", ["nowhere.docx", "unknown kind of prompt file", ".parquet"]),
+        ("teacher.path=nowhere", ["nowhere", "no diffusers pipeline there"]),
+        ("out=prompts.txt", ["cannot write prompts.txt", "a file stands where a folder is needed"]),
+        ("train.prompts_per_step", ["write section.key=value"]),
+    ],
+)
+def test_bad_inputs_of_a_distributed_run_are_one_line(
+    call: Run, config: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, override: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(prompts.parent)
+    assert_one_line(call(train.main, config, override), *words)
+
+
 def test_a_checkpoint_cut_in_half(call: Run, config: Path, tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     assert call(train.main, config, "checkpoint.every=2", "train.steps=4")[0] == 0
