@@ -1,12 +1,13 @@
 # make demo    distil the shipped emoji teacher on a CPU and report (about 12 minutes after the installation)
 # make test    the tests            make lint    ruff and mypy            make clean    remove what was made
+# make soak    kill a run 30 times at random moments; it must end as if nobody had (a quarter of an hour)
 # make native  the fused optimizer step for CUDA (optional; needs the CUDA toolkit; ARCH="80 90" are its GPUs)
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 ARCH ?= 80 90
 
-.PHONY: demo test lint native clean
+.PHONY: demo test lint soak native clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -26,6 +27,9 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+soak: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) tests/distributed/soak.py --kills 30
 
 native:
 	$(PYTHON) csrc/build.py --arch $(ARCH)

@@ -41,6 +41,18 @@ class StepStatistics:
         self._sums[0] += 1.0 / distributed.world_size()
         self._sums[1] += loss
 
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """The sums of all ranks, whose means a resumed run goes on with; every rank calls it."""
+        rows = self._sums.new_zeros(distributed.world_size(), len(self._sums))
+        rows[distributed.rank()] = self._sums
+        return {"ranks": distributed.all_reduce_sum(rows).tolist()}
+
+    def load_state_dict(self, state: dict[str, list[list[float]]]) -> None:
+        """Each rank's own sums, to the last bit; an equal share of them if the number of ranks is another."""
+        rows = torch.tensor(state["ranks"], device=self.device)
+        same = len(rows) == distributed.world_size()
+        self._sums = rows[distributed.rank()] if same else rows.sum(0) / distributed.world_size()
+
     def summary(self) -> dict[str, Tensor]:
         """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not:
         ||F - sg(F) - g||^2 / D. A bin of t without samples is NaN."""

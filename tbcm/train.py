@@ -70,7 +70,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     from tbcm.runtime import distributed
     from tbcm.runtime.allocator import reuse_freed_memory
-    from tbcm.runtime.files import RunLock
+    from tbcm.runtime.files import RunLock, remove_leftovers
     from tbcm.runtime.log import log_to_file, setup_logging
     from tbcm.runtime.watchdog import Watchdog
 
@@ -82,9 +82,10 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
+        distributed.run_on_main(lambda: remove_leftovers(config.out))
         log_to_file(config.out)
         with Watchdog(timeout):
-            code = _run(config, torch_device, resume or distributed.is_restart())
+            code = _run(config, torch_device, distributed.is_restart() or resume)
             distributed.shutdown()  # not after an error: the other ranks may be stuck, and `failure` ends this one
         return code
     except torch.OutOfMemoryError as error:

@@ -187,10 +187,11 @@ class Trainer:
                 self._check_finite()
                 self.save()
             self.writer.wait()
+            stopped = asked()
         if self.step < steps:
-            why = "asked to stop" if stop.stop_requested else "out of time"
+            why = "asked to stop" if stopped else "out of time"
             logger.info("%s after step %d of %d; what was reached is saved", why, self.step, steps)
-        return stop.stop_requested
+        return stopped
 
     def _out_of_time(self, started: float) -> bool:
         minutes = self.config.train.max_minutes
@@ -234,6 +235,7 @@ class Trainer:
             "ema": self.ema,
             "optimizer": self.optimizer,
             "guard": self.guard,
+            "statistics": self.statistics,
             "scaler": self.scaler,
         }
 

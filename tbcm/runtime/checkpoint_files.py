@@ -113,13 +113,6 @@ def prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None
                 shutil.rmtree(doomed)
 
 
-def remove_leftovers(root: Path) -> None:
-    """Of a process that was killed while it wrote or deleted. Safe: `files.RunLock` keeps a second one out."""
-    with explain_os_errors(root):
-        for path in root.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(path)
-
-
 def _self_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

@@ -27,7 +27,7 @@ from tbcm.errors import UserError
 from tbcm.runtime import checkpoint_files as files
 from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
-from tbcm.runtime.files import atomic_folder, remedy
+from tbcm.runtime.files import atomic_folder, remedy, remove_leftovers
 from tbcm.runtime.ranks import Ranks, explain_lost_ranks
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class CheckpointWriter:
         with ExitStack() as stack:
 
             def begin() -> Path:
-                files.remove_leftovers(self._root)
+                remove_leftovers(self._root)
                 return stack.enter_context(atomic_folder(target))
 
             def finish() -> None:

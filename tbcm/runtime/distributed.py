@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
 from tbcm.runtime.signs import pulse
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,8 +58,34 @@ def init(device_type: str | None = None, timeout: timedelta | None = None) -> to
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            backend,
+            store=_of_this_attempt(store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
     return device
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """`store` without what ranks left in it that torchrun has restarted: their addresses, which nobody answers to.
+
+    The store is the agent's and outlives them. Agents of several nodes count restarts each for itself, so that a count
+    cannot tell attempts apart there; without a shared store each attempt makes its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(
+            "torchrun's agents share a store, and restarts on several nodes fail in it: start every agent with"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
+    return store
 
 
 def shutdown() -> None:
@@ -69,8 +98,9 @@ def shutdown() -> None:
 
 
 def is_restart() -> bool:
-    """Whether torchrun (--max-restarts) has started this process in place of one that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun (--max-restarts) has started processes in place of ones that failed; every rank calls it, as
+    only the agents that made a restart have counted it."""
+    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
 
 
 _alone = False

@@ -51,6 +51,7 @@ def reported(main: Callable[[], int | None]) -> Callable[[], int | None]:
     @functools.wraps(main)
     def run() -> int | None:
         is_rank = "WORLD_SIZE" in os.environ
+        signs.pulse.parent = os.getppid()  # before imports that take seconds, in which it may die
         if is_rank:
             faulthandler.enable()  # a crash in C shows where Python was
         try:

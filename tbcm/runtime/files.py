@@ -121,6 +121,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """What a process that was killed while it wrote or deleted has left in `folder` and below. For who holds its
+    `RunLock`: nobody else may be writing there."""
+    with explain_os_errors(folder):
+        for path in list(Path(folder).rglob(f"{TEMPORARY_PREFIX}*")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically."""
     text = json.dumps(obj, indent=2) + "\n"

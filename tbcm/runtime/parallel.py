@@ -41,8 +41,13 @@ def parallelize(
     if distributed.world_size() == 1:
         return net
     if mode == "ddp":
+        # Looking for unused parameters, of which there are none, keeps DDP from laying out its buckets anew after the
+        # first step: ranks would add up gradients in another order than in that step, and than a run resumed later.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            net, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
     for tensor in (*net.parameters(), *net.buffers()):
         dist.broadcast(tensor.detach(), 0)
     # The warning is for who changes a network's answer in place, which nobody here does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +16,14 @@ if TYPE_CHECKING:  # imported before anything heavy is, so that a bad command li
 class Pulse:
     """What the main thread is doing. It only notes it (no clock, no lock, no I/O); the watchdog judges.
 
-    `clock` is the time in seconds that the watchdog has seen pass: a process that was suspended has not aged.
+    `clock` is the time in seconds that the watchdog has seen pass: a process that was suspended has not aged. `parent`
+    is the process that started this one.
     """
 
     def __init__(self) -> None:
         self.clock = 0.0
         self.last_words = ""
+        self.parent = os.getppid()
         self._now = (0, False, 0.0)  # assigned as a whole: another thread reads it
 
     def beat(self, step: int) -> None:

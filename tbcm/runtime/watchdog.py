@@ -59,7 +59,6 @@ class Watchdog:
         self.found: list[str] = []  # what the others' signs say, kept up to date while nothing moves
         self._before: tuple[float, list[Sign]] | None = None
         self._answered, self._patience = pulse.clock, timeout  # with the store
-        self._parent = os.getppid()
         self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
@@ -108,7 +107,7 @@ class Watchdog:
         pulse, me = self.pulse, failure.name()
         pulse.clock += min(elapsed, _LONGEST_TICK)
         step, waits, seconds = pulse.state()
-        if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+        if os.getppid() != pulse.parent and "TORCHELASTIC_RUN_ID" in os.environ:
             failure.end(EXIT_CODE, f"{me} ends at step {step}: the torchrun that started it is gone")
         if self.board is not None and pulse.clock - self._answered > self._patience:
             where = f"torchrun's store on {os.environ.get('MASTER_ADDR')}"

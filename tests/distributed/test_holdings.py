@@ -48,7 +48,7 @@ def test_a_rank_of_two_holds_its_share(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "held.json").read_text())
     for name in ("adamw", "came"):
         told = on_a_rank(holdings(trainer_of(tmp_path, name)), 2, accumulates=False)
-        # Rank 0 has the larger half of an odd number of rows, and all of CAME's factors: much in a model as small as this.
+        # Rank 0 has the larger half of an odd number of rows, and all of CAME's factors: much, in a model this small.
         tolerance = {"adamw": 0.05, "came": 0.15}[name]
         assert {kind: told[kind] for kind in found[name]} == pytest.approx(found[name], rel=tolerance)
 
