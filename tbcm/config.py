@@ -245,9 +245,11 @@ class Config(Section):
     profile: Profile = Profile()
 
     @model_validator(mode="after")
-    def _images(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.method.name == "scm" and self.data.images is None:
             raise ValueError("method.name=scm needs data.images: 'emoji', or a folder of images with a metadata.jsonl")
+        if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
+            raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME cannot be sharded")
         if self.method.name == "scm" and self.text.cache is not None:
             raise ValueError("method.name=scm encodes the images' captions: it cannot take them from text.cache")
         return self

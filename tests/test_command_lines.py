@@ -207,13 +207,14 @@ def test_unknown_keys_are_refused_before_anything_is_loaded(call: Run, config: P
         ("teacher.path=nowhere", ["nowhere", "no diffusers pipeline there"]),
         ("out=prompts.txt", ["cannot write prompts.txt", "a file stands where a folder is needed"]),
         ("train.prompts_per_step", ["write section.key=value"]),
+        ("parallel.mode=fsdp optimizer.name=came", ["parallel.mode=fsdp needs optimizer.name=adamw"]),
     ],
 )
 def test_bad_inputs_of_a_distributed_run_are_one_line(
     call: Run, config: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, override: str, words: list[str]
 ) -> None:
     monkeypatch.chdir(prompts.parent)
-    assert_one_line(call(train.main, config, override), *words)
+    assert_one_line(call(train.main, config, *override.split()), *words)
 
 
 def test_a_checkpoint_cut_in_half(call: Run, config: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
 
@@ -40,7 +41,8 @@ class CAME(torch.optim.Optimizer):
         clip_threshold: d, the largest root mean square of an update before momentum.
 
     Raises:
-        UserError: a parameter is not fp32 (or fp64): averages with a decay of 0.9999 do not move in half precision.
+        UserError: a parameter is not fp32 (or fp64): averages with a decay of 0.9999 do not move in half precision. Or
+            it is sharded: the means over rows and columns are of the whole matrix, and a shard has only its part.
     """
 
     _step_supports_amp_scaling = True
@@ -66,6 +68,8 @@ class CAME(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.dtype not in (torch.float32, torch.float64):
                     raise UserError(f"CAME needs float32 weights, not {param.dtype}: keep them in float32 (autocast)")
+                if isinstance(param, DTensor):
+                    raise UserError("CAME cannot be sharded: set optimizer.name=adamw, or parallel.mode=ddp")
                 self.state[param] = _zero_state(param)
 
     @torch.no_grad()

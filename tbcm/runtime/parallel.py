@@ -41,9 +41,8 @@ def parallelize(
     if distributed.world_size() == 1:
         return net
     if mode == "ddp":
-        # Looking for unused parameters, of which there are none, keeps DDP from laying out its buckets anew after the
-        # first step: ranks would add up gradients in another order than in that step, and than a run resumed later.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        # Looking for unused parameters, of which there are none (as it warns), keeps DDP from laying out its buckets
+        # anew after the first step: it would add up gradients in another order than then, and than a resumed run.
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
             net, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=True
