@@ -249,7 +249,7 @@ class Config(Section):
         if self.method.name == "scm" and self.data.images is None:
             raise ValueError("method.name=scm needs data.images: 'emoji', or a folder of images with a metadata.jsonl")
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
-            raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME cannot be sharded")
+            raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
         if self.method.name == "scm" and self.text.cache is not None:
             raise ValueError("method.name=scm encodes the images' captions: it cannot take them from text.cache")
         return self

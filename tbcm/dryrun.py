@@ -36,7 +36,9 @@ def dry_run(config: Config, device_name: str | None) -> None:
     if distributed.is_main():
         print(account(config, prompts, rollouts), flush=True)
     if device.type == "cuda":
-        measured = measure(_with_prompts(config, prompts * distributed.world_size()), device, rollouts)
+        # The second rollout finds the gradients of the first; what follows would cost the same.
+        few = prompts * min(rollouts, 2) * distributed.world_size()
+        measured = measure(_with_prompts(config, few), device)
         if distributed.is_main():
             print(_lines({"measured": measured}))
     distributed.shutdown()
@@ -46,28 +48,24 @@ def account(config: Config, prompts: int, rollouts: int) -> str:
     """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each."""
     shard = shard_size(config.parallel.shard) if config.parallel.mode == "fsdp" else 1
     with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
-        trainer = _trainer(_with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu"), None, rollouts)
+        config, device = _with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu")
+        trainer = Trainer(config, device, random_parts(config, device))
+        if rollouts > 1:
+            for parameter in trainer.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         flops = counter.flops
         trainer.train_step()
     figures = report(trainer, prompts, rollouts, counter.flops - flops)
     return _lines(figures | memory_report(trainer, rollouts, shard, counter.peak))
 
 
-def measure(config: Config, device: torch.device, rollouts: int) -> str:
+def measure(config: Config, device: torch.device) -> str:
     """The peak memory of a real step."""
     parts, source = _parts_or_random(config, device)
-    trainer = _trainer(config, device, parts, rollouts)
+    trainer = Trainer(config, device, parts)
     trainer.train_step()
     torch.cuda.synchronize(device)
     return f"{peak_memory_gib(device):.2f} GiB at the peak ({torch.cuda.get_device_name(device)}, {source})"
-
-
-def _trainer(config: Config, device: torch.device, parts: Parts | None, rollouts: int) -> Trainer:
-    trainer = Trainer(config, device, parts or random_parts(config, device))
-    if rollouts > 1:
-        for parameter in trainer.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-    return trainer
 
 
 def _with_prompts(config: Config, prompts: int) -> Config:

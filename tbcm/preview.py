@@ -12,7 +12,7 @@ from tbcm.errors import UserError
 from tbcm.generation import Sampler
 from tbcm.images import sheet
 from tbcm.runtime import distributed
-from tbcm.runtime.parallel import is_sharded
+from tbcm.runtime.parallel import forget_gathered, is_sharded
 
 if TYPE_CHECKING:
     from tbcm.runtime.log import MetricLog
@@ -54,7 +54,10 @@ class Previewer:
     def _latents(self) -> list[Tensor]:
         """The average student's, for each of `STEPS`."""
         with self.trainer.ema.swap(self.trainer.student), self.trainer.autocast():
-            return [self.student.latents(self.prompts, steps=n) for n in STEPS]
+            try:
+                return [self.student.latents(self.prompts, steps=n) for n in STEPS]
+            finally:
+                forget_gathered(self.trainer.wrapped)  # averages, which the next step would train with
 
     def _draw(self, log: MetricLog, latents: list[Tensor]) -> None:
         if self._teacher_images is None:

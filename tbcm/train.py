@@ -23,6 +23,10 @@ examples:
 """
 
 
+WRITTEN = "", "checkpoints", "images", "profile", "prompts"
+"""Folders of a run in which files appear whole."""
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tbcm.train",
@@ -82,7 +86,7 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
-        distributed.run_on_main(lambda: remove_leftovers(config.out))
+        distributed.run_on_main(lambda: remove_leftovers(*(Path(config.out, name) for name in WRITTEN)))
         log_to_file(config.out)
         with Watchdog(timeout):
             code = _run(config, torch_device, distributed.is_restart() or resume)
@@ -111,7 +115,7 @@ def _run(config: Config, device: torch.device, resume: bool) -> int:
     trainer = Trainer(config, device, build_parts(config, device))
     if begun:
         trainer.resume()
-    elif resume:
+    elif resume and distributed.is_main():
         logger.warning("%s has no checkpoint to continue from: starting", config.out)
     if distributed.is_main():
         with atomic_path(Path(config.out) / "config.yaml") as part:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from tbcm.build import Parts, autocast, build_source, dtype_of, switch
 from tbcm.config import Config, Precision
+from tbcm.data.prompts import digest
+from tbcm.errors import UserError
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Trajectory
@@ -23,6 +26,7 @@ from tbcm.rollouts import Batch
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_writer import CheckpointWriter
 from tbcm.runtime.ema import EMA
+from tbcm.runtime.failure import noted
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.interrupt import StopRequest
 from tbcm.runtime.log import MetricLog
@@ -81,7 +85,8 @@ class Trainer:
         """One update from this step's prompts. Nothing is read back from the device.
 
         `stop` is asked before each micro-batch, since a step may take longer than a cluster waits after its signal. If
-        it says so the step is given up without a trace (resumed, it is the same step again) and the answer is False.
+        it says so the step is given up (resumed, it is the same step again) and the answer is False: the state may be
+        saved, but this trainer is not to go on.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
@@ -162,6 +167,7 @@ class Trainer:
             MetricLog(self.out, steps, is_main=distributed.is_main(), start_step=self.step) as log,
             StopRequest() as stop,
             contextlib.closing(self.writer),
+            noted(),
         ):
             previewer = Previewer(self) if preview_every else None
             if previewer and self.step == 0:
@@ -172,7 +178,7 @@ class Trainer:
             def asked() -> bool:  # ranks agree on it, over the host alone
                 return distributed.any_rank(stop.stop_requested)
 
-            while self.step < steps and not distributed.any_rank(self._out_of_time(started)):
+            while self.step < steps and not self._out_of_time(started):
                 with profiler.step(self.step):
                     if not self.train_step(asked):
                         break
@@ -183,6 +189,9 @@ class Trainer:
                     self._off_the_clock(self.save)
                 if previewer and self.step % preview_every == 0:
                     self._off_the_clock(lambda: previewer(log))
+                if distributed.any_rank(self.writer.failed):
+                    self._off_the_clock(self._settle)
+            self._settle()
             if self._save_begun != self.step:
                 self._check_finite()
                 self.save()
@@ -195,7 +204,7 @@ class Trainer:
 
     def _out_of_time(self, started: float) -> bool:
         minutes = self.config.train.max_minutes
-        return minutes is not None and time.monotonic() - started > 60 * minutes
+        return minutes is not None and distributed.any_rank(time.monotonic() - started > 60 * minutes)
 
     def _off_the_clock(self, work: Callable[[], None]) -> None:
         """Previews and checkpoints do not count as training in the reported rate."""
@@ -241,15 +250,34 @@ class Trainer:
 
     def save(self) -> None:
         """Begins a checkpoint; the training may go on while it is written (`CheckpointWriter`)."""
-        self.writer.save(self.step, self._state(), self.config.model_dump(mode="json"))
+        self.writer.save(self.step, self._state(), self._described)
         self._save_begun = self.step
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint in flight. Where it failed (a full disk), the present state is saved in its place;
+        if that fails too, the run ends."""
+        try:
+            self.writer.wait()
+        except UserError as error:
+            if distributed.is_main():
+                logger.error("%s; saving step %d in its place", error, self.step)
+            self.save()
+            self.writer.wait()
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        """The configuration, and the prompts that it only names. Every rank asks for it."""
+        config = self.config.model_dump(mode="json")
+        config["data"]["prompts_digest"] = distributed.run_on_main(lambda: digest(self.parts.prompts))
+        return config
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint of the run."""
         manifest = checkpoint.load(self.out, self._state())
         self.step = self._save_begun = int(manifest["step"])
         self.writer.saved = self.step, self.out / "checkpoints" / f"step-{self.step:08d}"
-        if changed := differences(manifest["config"], self.config.model_dump(mode="json")):
+        changed = differences(manifest["config"], self._described)
+        if changed and distributed.is_main():
             logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))
         logger.info("resumed after step %d", self.step)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import NoHostSync
 from tiny import metrics, tiny_config, tiny_parts
 from torch import Tensor
@@ -304,3 +307,34 @@ def test_the_learning_rate_warms_up_stays_and_cools_down_to_the_end(tmp_path: Pa
     sections = {"optimizer": {"lr": 1.0, "warmup_steps": 3, "cooldown_steps": 4}, "train": {"steps": 10}}
     rate = make(tmp_path, **sections).learning_rate
     assert [rate(step) for step in range(10)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_resumed_run_says_that_its_prompts_have_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(tmp_path)
+    trainer.save()
+    trainer.writer.wait()
+    make(tmp_path).resume()
+    assert "the configuration is not the checkpoint's" not in caplog.text
+    config = tiny_config(tmp_path)
+    parts = replace(tiny_parts(config), prompts=list(reversed(tiny_parts(config).prompts)))
+    Trainer(config, torch.device("cpu"), parts).resume()
+    assert "the configuration is not the checkpoint's: data.prompts_digest" in caplog.text
+
+
+def test_a_checkpoint_that_could_not_be_written_is_made_up_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk on which there is room again: the run goes on, with a checkpoint of the step that it had reached."""
+    real, calls = dcp.save, []
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(dcp, "save", save)
+    trainer = make(tmp_path, checkpoint={"every": 4}, train={"steps": 6, "prompts_per_step": 2})
+    assert not trainer.run() and trainer.step == 6
+    assert "the disk is full" in caplog.text and "in its place" in caplog.text
+    assert trainer.writer.saved is not None and trainer.writer.saved[0] == 6

@@ -110,7 +110,10 @@ class CachedEncoder:
 
     def _shard(self, name: str) -> Shard:
         if name not in self._shards:
-            self._shards[name] = Shard(self.folder / name)
+            shard = Shard(self.folder / name)
+            if shard.metadata.get("sha256") != self.manifest["files"][name]["sha256"]:
+                raise UserError(f"{self.folder / name}: was encoded again since this run began; start it again")
+            self._shards[name] = shard
         return self._shards[name]
 
 

@@ -52,12 +52,7 @@ class PromptSource(Sequence[str]):
         return self._prompts
 
     def digest(self) -> str:
-        """Tells these prompts, in their order, from others. Takes a second for a million."""
-        digest = hashlib.sha256()
-        for prompt in self:
-            text = prompt.encode()
-            digest.update(b"%d " % len(text) + text)
-        return digest.hexdigest()[:16]
+        return digest(self)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -92,6 +87,15 @@ def load_prompts(path: str | Path, column: str = "prompt", *, folder: str | Path
             or holds prompts that are not text or are longer than `MAX_PROMPT_CHARACTERS`; or a rank sees no `folder`.
     """
     return open_prompts(distributed.run_on_main(lambda: _cleaned_file(Path(path), column, Path(folder))))
+
+
+def digest(prompts: Iterable[str]) -> str:
+    """Tells these prompts, in their order, from others. Takes a second for a million."""
+    hashed = hashlib.sha256()
+    for prompt in prompts:
+        text = prompt.encode()
+        hashed.update(b"%d " % len(text) + text)
+    return hashed.hexdigest()[:16]
 
 
 def open_prompts(file: Path) -> PromptSource:

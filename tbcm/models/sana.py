@@ -84,6 +84,7 @@ class SanaTrigFlow(nn.Module):
         self._block: Callable[..., Dual] = _run_block_by_jvp if derivative == "jvp" else _run_block
         if compiled:
             # Teacher and student, training and previews, full and last batches: all are graphs of the same function.
+            torch._dynamo.config.optimize_ddp = False  # would cut blocks where DDP's buckets end
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = fold_options() if derivative == "jvp" else None
             self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)

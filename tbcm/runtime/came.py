@@ -42,7 +42,7 @@ class CAME(torch.optim.Optimizer):
 
     Raises:
         UserError: a parameter is not fp32 (or fp64): averages with a decay of 0.9999 do not move in half precision. Or
-            it is sharded: the means over rows and columns are of the whole matrix, and a shard has only its part.
+            it is sharded, which is not supported: torch cannot update it in place where rows do not divide evenly.
     """
 
     _step_supports_amp_scaling = True
@@ -69,7 +69,7 @@ class CAME(torch.optim.Optimizer):
                 if param.dtype not in (torch.float32, torch.float64):
                     raise UserError(f"CAME needs float32 weights, not {param.dtype}: keep them in float32 (autocast)")
                 if isinstance(param, DTensor):
-                    raise UserError("CAME cannot be sharded: set optimizer.name=adamw, or parallel.mode=ddp")
+                    raise UserError("CAME takes no sharded weights: set optimizer.name=adamw, or parallel.mode=ddp")
                 self.state[param] = _zero_state(param)
 
     @torch.no_grad()

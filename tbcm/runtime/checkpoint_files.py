@@ -22,7 +22,7 @@ from tbcm.runtime.files import TEMPORARY_PREFIX, explain_os_errors, write_json
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _MEND = "resume from an earlier checkpoint"
 
 Entry = dict[str, Any]
@@ -66,6 +66,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         whole = manifest.pop("sha256") == _self_digest(manifest)
     except (ValueError, KeyError, AttributeError):
         whole = False
+    except OSError as error:
+        raise UserError(f"checkpoint file {path} cannot be read ({error.strerror}): {_MEND}") from error
     if not whole:
         raise UserError(f"checkpoint file {path} is damaged: {_MEND}")
     if manifest["format"] != _FORMAT:
@@ -85,7 +87,9 @@ def check_files(checkpoint: Path, entries: Iterable[tuple[str, Entry]]) -> None:
         if (size := file.stat().st_size) != entry["bytes"]:
             raise UserError(f"checkpoint file {file} has {size} bytes, not the {entry['bytes']} written: {_MEND}")
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        for (file, entry), digest in zip(files.items(), pool.map(_sha256, files), strict=True):
+        for (file, entry), digest in zip(files.items(), pool.map(_sha256_or_error, files), strict=True):
+            if isinstance(digest, OSError):
+                raise UserError(f"checkpoint file {file} cannot be read ({digest.strerror}): {_MEND}")
             if digest != entry["sha256"]:
                 raise UserError(f"checkpoint file {file} is damaged (its SHA-256 differs): {_MEND}")
 
@@ -115,6 +119,13 @@ def prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None
 
 def _self_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_or_error(path: Path) -> str | OSError:
+    try:
+        return _sha256(path)
+    except OSError as error:
+        return error
 
 
 def _sha256(path: Path) -> str:

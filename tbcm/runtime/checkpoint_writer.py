@@ -104,6 +104,12 @@ class CheckpointWriter:
         if not self._asynchronous:
             self.wait()
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows already that the save in flight has failed; `wait` says why."""
+        writing = self._flight.writing if self._flight else None
+        return writing is not None and writing.done() and writing.exception() is not None
+
     def wait(self) -> None:
         """Until the save in flight, if any, is whole.
 

@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +65,16 @@ def reported(main: Callable[[], int | None]) -> Callable[[], int | None]:
             raise
 
     return run
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Writes an error inside to this rank's log file at once, before anything that waits on the way out."""
+    try:
+        yield
+    except Exception:
+        file_logger.exception("failed at step %d; what is being written is finished first", signs.pulse.step)
+        raise
 
 
 def end(code: int, summary: str, detail: str = "", *, console: bool = True) -> NoReturn:

@@ -121,11 +121,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """What a process that was killed while it wrote or deleted has left in `folder` and below. For who holds its
+def remove_leftovers(*folders: Path) -> None:
+    """What a process that was killed while it wrote or deleted has left in these, but not below. For who holds their
     `RunLock`: nobody else may be writing there."""
-    with explain_os_errors(folder):
-        for path in list(Path(folder).rglob(f"{TEMPORARY_PREFIX}*")):
+    for path in [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]:
+        with explain_os_errors(path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -79,6 +79,13 @@ def is_sharded(net: nn.Module) -> bool:
     return isinstance(net, FSDPModule)
 
 
+def forget_gathered(net: nn.Module) -> None:
+    """After a forward pass FSDP keeps the whole of what is in no block, for a backward pass: without one, and before
+    the weights change, it is to be dropped."""
+    if isinstance(net, FSDPModule):
+        net.reshard()
+
+
 def accumulating(net: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
     """Around one of a step's micro-batches, backward included: only the `last` exchanges gradients."""
     if isinstance(net, FSDPModule):

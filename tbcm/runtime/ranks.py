@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from tbcm.errors import UserError
 from tbcm.runtime import distributed
+from tbcm.runtime.signs import pulse
 
 T = TypeVar("T")
 
@@ -76,8 +78,10 @@ def _result(outcome: Any) -> Any:
 @contextmanager
 def explain_lost_ranks() -> Iterator[None]:
     """Turns what gloo raises inside, when another rank is gone or silent for too long, into a `UserError`."""
+    main = threading.current_thread() is threading.main_thread()  # whose pulse it is
     try:
-        yield
+        with pulse.waiting() if main else nullcontext():
+            yield
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"another rank has died or does not answer: its own log says why ({reason})") from error

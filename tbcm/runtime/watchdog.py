@@ -20,7 +20,7 @@ from tbcm.runtime import distributed, failure, signs
 from tbcm.runtime.signs import Board, Pulse, Sign
 
 EXIT_CODE = 124  # as timeout(1)
-_LONGEST_TICK = 5.0  # more between two ticks means that the process was suspended: that is nobody's hang
+_LONGEST_TICK = 5.0  # or a quarter of the timeout; more between ticks means that it was suspended: nobody's hang
 
 
 class Watchdog:
@@ -105,7 +105,7 @@ class Watchdog:
     def tick(self, elapsed: float) -> None:
         """Judges this process, `elapsed` seconds after the last time."""
         pulse, me = self.pulse, failure.name()
-        pulse.clock += min(elapsed, _LONGEST_TICK)
+        pulse.clock += min(elapsed, _LONGEST_TICK, self.timeout / 4)
         step, waits, seconds = pulse.state()
         if os.getppid() != pulse.parent and "TORCHELASTIC_RUN_ID" in os.environ:
             failure.end(EXIT_CODE, f"{me} ends at step {step}: the torchrun that started it is gone")

@@ -285,3 +285,11 @@ def test_a_shard_of_another_origin_is_not_taken_for_ours(tmp_path: Path) -> None
     path = tmp_path / "c" / "shard-00001.safetensors"
     save_file(load_file(path), path)
     assert [name for name in writer.names if not writer.is_whole(name)] == [path.name]
+
+
+def test_a_cache_that_is_encoded_again_under_a_reader_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path / "c", HashEncoder(), ["a", "b", "c"])
+    cached = CachedEncoder(tmp_path / "c")
+    write(tmp_path / "c", HashEncoder(), ["c", "x", "b"])
+    with one_line("shard-00000.safetensors", "was encoded again"):
+        cached.encode(["a"])

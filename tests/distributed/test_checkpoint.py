@@ -253,7 +253,7 @@ def survive(rank: int, port: int, folder: Path) -> None:
     """Rank 1 stops during a save, then is killed; rank 0 says what it was told, and leaves with a save in flight."""
     torch.set_num_threads(1)
     join(rank, 2, port)
-    run, writer = Run("fsdp2"), CheckpointWriter(folder, timeout=timedelta(seconds=3))
+    run, writer = Run("fsdp2"), CheckpointWriter(folder, timeout=timedelta(seconds=10))
     writer.save(1, run.state, {})
     writer.wait()
     if rank == 1:

@@ -111,7 +111,7 @@ def test_a_rank_that_hangs_shows_its_stack(torchrun: Start, tmp_path: Path) -> N
     output = outcome(torchrun("hang"))
     host = socket.gethostname()
     # The other rank waits for it in a collective where it seems to work; whichever ends first shows both.
-    assert f"of 2 ({host}) has been at step 3 for 4 s, here:" in root_cause(output)
+    assert re.search(rf"of 2 \({re.escape(host)}\) has been at step 3 for \d+ s, here:", root_cause(output))
     assert f"rank 1 of 2 ({host})" in root_cause(output) or f"rank 1 ({host}): working at step 3" in root_cause(output)
     assert "in sleep_for_ever" in root_cause(output) and "in all_true" in root_cause(output)
     assert any("in sleep_for_ever" in log(tmp_path, rank) for rank in (0, 1))
@@ -124,7 +124,7 @@ def test_a_rank_that_raises_shows_its_traceback(torchrun: Start, tmp_path: Path)
         assert "failed at step 3: ValueError: a bad day" in text
         assert "Traceback" in text and 'raise ValueError("a bad\\nday")' in text
     assert "exitcode  : 1 " in root_cause(output)
-    assert lived(tmp_path, 1) < TIMEOUT
+    assert lived(tmp_path, 1) < STATED
 
 
 def test_a_user_error_is_one_line(torchrun: Start, tmp_path: Path) -> None:

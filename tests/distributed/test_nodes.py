@@ -60,9 +60,14 @@ def config(tmp_path: Path) -> Path:
 
 def test_two_nodes_equal_one_process(config: Path, tmp_path: Path) -> None:
     train = ["-m", "tbcm.train", str(config), "--device", "cpu"]
-    for process in on_two_nodes(*train):
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+    processes = on_two_nodes(*train)
+    try:
+        for process in processes:
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+    finally:
+        for process in processes:
+            process.terminate()
     alone = [sys.executable, *train, f"out={tmp_path / 'alone'}"]
     subprocess.run(alone, env=environment(), check=True, capture_output=True, timeout=240)
 

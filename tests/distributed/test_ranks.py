@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tbcm.preview import Previewer
 from tbcm.runtime import distributed
 from tbcm.runtime.files import write_json
 from tbcm.trainer import Trainer
@@ -125,3 +128,29 @@ def test_gradients_are_exchanged_once_a_step(tmp_path: Path) -> None:
     assert names["ddp"].count("allreduce_") == 2  # gradients, and which of them were used
     gathers, scatters = (names["fsdp"].count(name) for name in ("_allgather_base_", "_reduce_scatter_base_"))
     assert (gathers, scatters, len(names["fsdp"])) == (4 * (2 * 2 + 1), 3, 4 * (2 * 2 + 1) + 3)
+
+
+def preview_between(out: Path) -> None:
+    """Two steps with and without a look at the average, which lies far from the weights."""
+    weights = []
+    for looks in (False, True):
+        sections = {"parallel": {"mode": "fsdp"}, "optimizer": {"lr": 0.1}, "ema": {"kind": "halflife"}}
+        config = tiny_config(out, **sections)
+        trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
+        trainer.train_step()
+        if looks:
+            sampler = Mock(latents=partial(asked, trainer))
+            Previewer._latents(Mock(trainer=trainer, student=sampler, prompts=["red cat"]))
+        trainer.train_step()
+        weights.append(whole(trainer.student.state_dict()))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def asked(trainer: Trainer, prompts: list[str], *, steps: int) -> Tensor:
+    noise, condition = torch.randn(len(prompts), 4, 8, 8), trainer.text(prompts)
+    with torch.no_grad():
+        return trainer.student(noise, torch.ones(len(prompts)), condition, torch.ones(len(prompts))).F
+
+
+def test_a_preview_of_a_sharded_student_changes_nothing(tmp_path: Path) -> None:
+    on_ranks(2, preview_between, tmp_path)

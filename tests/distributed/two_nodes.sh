@@ -10,7 +10,10 @@ for node in 0 1; do
     unshare --net sleep infinity &
     holders+=($!)
 done
-until ip link add cable0 netns "${holders[0]}" type veth peer name cable1 netns "${holders[1]}" 2>/dev/null; do sleep 0.1; done
+for holder in "${holders[@]}"; do # it begins in our network, and leaves it
+    until [ "$(readlink "/proc/$holder/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+done
+ip link add cable0 netns "${holders[0]}" type veth peer name cable1 netns "${holders[1]}"
 jobs=()
 for node in 0 1; do
     inside=(nsenter --target "${holders[node]}" --net)

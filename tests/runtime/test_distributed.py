@@ -135,7 +135,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert report["chosen"] == "by rank 0"
         assert report["stop"] == [False, True]
         assert report["all_true"] == [True, False]
-        assert "CAME cannot be sharded: set optimizer.name=adamw" in report["refused"]
+        assert "CAME takes no sharded weights: set optimizer.name=adamw" in report["refused"]
         assert report["restored"] == [True] * len(ARMS)
 
     for optimizer, sharded in ARMS:  # the two ranks' checkpoint goes on in this one process, and as if never sharded
