@@ -37,7 +37,9 @@ def on_two_nodes(*command: str) -> list[subprocess.Popen[str]]:
         f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_id=test"
     )
     port, options = free_port(), {"text": True, "stderr": subprocess.PIPE}
-    command = (f'exec {agent} --rdzv_endpoint=$FIRST:{port} --local_addr=$ADDRESS "$@"', "agent", *command)
+    # An agent knows its host's name and the address that this has, not that of a cable.
+    host = "${NODE:+--rdzv_conf=is_host=$((1 - NODE))}"
+    command = (f'exec {agent} --rdzv_endpoint=$FIRST:{port} --local_addr=$ADDRESS {host} "$@"', "agent", *command)
     if namespaces_are_permitted():
         return [subprocess.Popen([*NAMESPACES, "bash", SCRIPT, "bash", "-c", *command], env=environment(), **options)]
     loopback = environment(FIRST="127.0.0.1", ADDRESS="127.0.0.1")
