@@ -250,19 +250,27 @@ class Trainer:
 
     def save(self) -> None:
         """Begins a checkpoint; the training may go on while it is written (`CheckpointWriter`)."""
+        self._is_written()
         self.writer.save(self.step, self._state(), self._described)
         self._save_begun = self.step
 
     def _settle(self) -> None:
-        """Waits for the checkpoint in flight. Where it failed (a full disk), the present state is saved in its place;
-        if that fails too, the run ends."""
+        """Waits for the checkpoint in flight. Where it failed, the present state is saved in its place; if that fails
+        too, the run ends."""
+        if not self._is_written():
+            self.save()
+            self.writer.wait()
+
+    def _is_written(self) -> bool:
+        """Waits for the checkpoint in flight. That it failed (a full disk) is an error in the log, not the run's end:
+        the next one may succeed, and earlier ones are whole."""
         try:
             self.writer.wait()
         except UserError as error:
             if distributed.is_main():
                 logger.error("%s; saving step %d in its place", error, self.step)
-            self.save()
-            self.writer.wait()
+            return False
+        return True
 
     @cached_property
     def _described(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from tbcm.errors import UserError
 from tbcm.runtime import distributed
 from tbcm.runtime.checkpoint_files import MANIFEST, check_files, checkpoints_in, read_manifest
 from tbcm.runtime.checkpoint_writer import CheckpointWriter, first_failure
-from tbcm.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def _verify(checkpoint: Path) -> dict[str, Any]:
 
     Each rank reads a share of the files.
     """
-    ranks = Ranks.all()
+    ranks = distributed.everyone()
     manifest = ranks.on_main(lambda: read_manifest(checkpoint))
     share = list(manifest["files"].items())[ranks.rank :: ranks.world]
     ranks.on_each(lambda: check_files(checkpoint, share))

@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._copy = HostCopy()
         # A group of its own: collectives of two threads on one group would be paired at random.
         own_group = asynchronous and distributed.world_size() > 1
-        self._ranks = Ranks.all(dist.new_group(backend="gloo", timeout=timeout) if own_group else None)
+        self._ranks = distributed.everyone(dist.new_group(backend="gloo", timeout=timeout) if own_group else None)
         self._thread = ThreadPoolExecutor(1, "checkpoint", _use_device, (_current_device(),))
 
     def save(self, step: int, state: dict[str, Any], config: dict[str, Any]) -> None:

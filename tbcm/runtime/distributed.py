@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tbcm.errors import UserError
+from tbcm.runtime.ranks import Ranks
 from tbcm.runtime.signs import pulse
 
 logger = logging.getLogger(__name__)
@@ -193,21 +194,11 @@ def any_rank(flag: bool) -> bool:
     return bool(count)
 
 
-def run_on_main(function: Callable[[], T]) -> T:
-    """Calls `function` on rank 0 and returns its result on every rank (it must pickle).
+def everyone(group: dist.ProcessGroup | None = None) -> Ranks:
+    """All ranks, over `group` (default: the training's own)."""
+    return Ranks(rank(), world_size(), group)
 
-    An error on rank 0 is raised on every rank: were it raised on rank 0 alone, the others would wait for ever.
-    """
-    if not is_initialized():
-        return function()
-    outcome: list[object] = [None, None]
-    if is_main():
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    with pulse.waiting():
-        dist.broadcast_object_list(outcome)
-    if isinstance(outcome[1], Exception):
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
+
+def run_on_main(function: Callable[[], T]) -> T:
+    """Calls `function` on rank 0 and returns its result, or raises its error, on every rank (`Ranks.on_main`)."""
+    return everyone().on_main(function)

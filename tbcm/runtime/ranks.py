@@ -1,4 +1,4 @@
-"""Collectives of a few objects over a chosen process group, for work that goes on beside the training."""
+"""Collectives of a few objects among all ranks or some, from the training or from work that goes on beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from tbcm.errors import UserError
-from tbcm.runtime import distributed
 from tbcm.runtime.signs import pulse
 
 T = TypeVar("T")
@@ -26,16 +25,14 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     """None: the default group."""
 
-    @classmethod
-    def all(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        return cls(distributed.rank(), distributed.world_size(), group)
-
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """`distributed.run_on_main` among these ranks.
+        """Calls `function` on rank 0 and returns its result on every rank (it must pickle).
+
+        An error on rank 0 is raised on every rank: were it raised on rank 0 alone, the others would wait for ever.
 
         Raises:
             UserError: another rank has died, or kept silent for the group's timeout. And what `function` raises.
