@@ -94,7 +94,7 @@ def overrides(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def config(model: str, arm: str, method: str, samples: int, points: int, device: torch.device) -> Config:
-    """`samples` optimised in a step: prompts with `points` - 1 points each (tbcm), or as many images (scm)."""
+    """`samples` optimised in a step: prompts with `points` - 1 points each (tbcm), or as many images (scm, sprint)."""
     each = points - 1 if method == "tbcm" else 1
     if samples % each and samples > each:
         raise ValueError(f"{samples} samples are no whole number of prompts with {each} points")
@@ -111,7 +111,7 @@ def config(model: str, arm: str, method: str, samples: int, points: int, device:
         "log": {"preview_every": 0},
     }
     for key, value in overrides(arm, device).items():
-        if key == "text.cache" and method == "scm":
+        if key == "text.cache" and method != "tbcm":
             continue  # which encodes captions
         section, _, name = key.partition(".")
         tree.setdefault(section, {})[name] = value

@@ -22,7 +22,7 @@ def parser(program: str, about: str | None, methods: list[str], quick: str) -> a
     options.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
     options.add_argument("--device", choices=["cuda", "cpu"])
     options.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="ARM", help=", ".join(arms.ARMS))
-    options.add_argument("--methods", nargs="+", choices=["tbcm", "scm"], default=methods)
+    options.add_argument("--methods", nargs="+", choices=["tbcm", "scm", "sprint"], default=methods)
     options.add_argument("--quick", action="store_true", help=quick)
     options.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written")
     return options

@@ -14,11 +14,13 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
+from tbcm.adversary import Adversary
 from tbcm.config import Config, Precision, Switch
 from tbcm.data.embeddings import CachedEncoder
-from tbcm.data.images import CaptionedImages, open_images
+from tbcm.data.images import open_images
+from tbcm.data.latents import CaptionedLatents, PrecomputedLatents
 from tbcm.data.prompts import PromptSource, load_prompts
-from tbcm.encoded import EncodedImages
+from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.fp8 import relative_error, to_fp8
@@ -35,14 +37,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Parts:
     """What a trainer works on. `black` [C, h, w] is the scaled latent of a black image; its shape is the latents'.
-    `images` and the `vae` that encodes them are sCM's."""
+    `latents`, and the `vae` that encodes images to them unless they are precomputed, are the baselines'."""
 
     teacher: SanaTrigFlow
     student: SanaTrigFlow
     text: TextConditions
     prompts: Sequence[str]
     black: Tensor
-    images: CaptionedImages | None = None
+    latents: CaptionedLatents | None = None
     vae: AutoencoderDC | None = None
 
 
@@ -92,11 +94,10 @@ def pipeline_of(config: Config) -> Pipeline:
 
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
-    prompts, images, vae = build_prompts(config), None, None
+    prompts, latents, vae = build_prompts(config), None, None
     cached = build_cached_text(config, prompts, device) if config.text.cache else None
-    if config.method.name == "scm" and config.data.images is not None:
-        images = open_images(config.data.images, config.teacher.image_size, config.data.caption_column)
-        vae = pipeline_of(config).load_vae(weights_dtype(dtype_of(config.teacher.precision, device))).to(device)
+    if config.method.name != "tbcm":
+        latents, vae = build_latents(config, device)
     teacher = build_teacher(config, device, torch.float32)
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
     teacher.to(teacher_weights(config, device))
@@ -104,7 +105,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     text = cached or build_text(config, device)
     if config.teacher.fp8:
         quantise(teacher, text.null_prompt, black.shape)
-    return Parts(teacher, student, text, prompts, black, images, vae)
+    return Parts(teacher, student, text, prompts, black, latents, vae)
 
 
 @torch.no_grad()
@@ -124,14 +125,14 @@ def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
     method, train = config.method, config.train
     teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device))
     source: Source
-    if method.name == "scm":
-        assert parts.images is not None and parts.vae is not None
-        source = EncodedImages(
+    if method.name != "tbcm":
+        assert parts.latents is not None
+        source = NoisedLatents(
             teacher,
-            parts.vae,
             parts.text,
-            parts.images,
-            latent_shape=parts.black.shape,
+            parts.latents,
+            shape=parts.black.shape,
+            device=device,
             method=method,
             t_max=config.teacher.t_max,
             seed=train.seed,
@@ -154,12 +155,68 @@ def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
     return Overlapped(source, device) if train.overlap_rollout else source
 
 
+def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adversary | None:
+    """Sana-Sprint's; None for the other methods."""
+    method, train = config.method, config.train
+    if method.name != "sprint":
+        return None
+    blocks = len(parts.teacher.backbone.transformer_blocks)
+    if method.adversary.layers and max(method.adversary.layers) >= blocks:
+        raise UserError(
+            f"method.adversary.layers = {method.adversary.layers}: the teacher's blocks are 0 to {blocks - 1}"
+        )
+    parts.teacher.checkpointing = config.student.checkpointing  # only the discriminator differentiates it
+    return Adversary(
+        parts.teacher,
+        lambda: teacher_autocast(config, device),
+        method,
+        t_max=config.teacher.t_max,
+        seed=train.seed,
+        images=train.prompts_per_step,
+        parts=distributed.local_parts(train.prompts_per_step, train.prompts_per_rollout),
+        device=device,
+    )
+
+
 def build_prompts(config: Config) -> PromptSource:
     """Kept in the run's folder: checkpoints need it to be shared by all nodes anyway."""
     path = config.data.prompts
     shipped = resources.files("tbcm.emoji") / "assets" / "prompts.txt"
     file = Path(str(shipped)) if path == "emoji" else Path(path)
     return load_prompts(file, config.data.column, folder=Path(config.out) / "prompts")
+
+
+def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatents, AutoencoderDC | None]:
+    """What the baselines train on: precomputed latents, or images and the VAE that encodes them in every step."""
+    data = config.data
+    if data.latents is not None:
+        precomputed = PrecomputedLatents(data.latents, device)
+        precomputed.check(latents_identity(config))
+        return precomputed, None
+    assert data.images is not None
+    images = open_images(data.images, config.teacher.image_size, data.caption_column)
+    vae = build_vae(config, device)
+    return VaeLatents(vae, images), vae
+
+
+def latents_identity(config: Config) -> dict[str, Any]:
+    """What decides an image's latent, but for rounding: a cache must agree with the configuration in all of it."""
+    teacher = config.teacher
+    return {
+        "teacher.path": teacher.path,
+        "teacher.revision": teacher.revision,
+        "teacher.image_size": teacher.image_size,
+        "scaling_factor": pipeline_of(config).config("vae", AutoencoderDC).get("scaling_factor"),
+    }
+
+
+def vae_weights(config: Config, device: torch.device) -> torch.dtype:
+    """How the weights of a VAE that encodes are kept."""
+    return weights_dtype(dtype_of(config.teacher.precision, device))
+
+
+def build_vae(config: Config, device: torch.device) -> AutoencoderDC:
+    return pipeline_of(config).load_vae(vae_weights(config, device)).to(device)
 
 
 def build_text(config: Config, device: torch.device) -> TextConditions:
@@ -231,10 +288,13 @@ def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
 
 
 def build_black_latent(config: Config, device: torch.device) -> Tensor:
-    """Made by rank 0 where the teacher's folder does not carry it, and kept in the run's folder."""
+    """Made by rank 0 where the teacher's folder does not carry it, and kept in the run's folder, or with precomputed
+    latents."""
     pipeline, size = pipeline_of(config), config.teacher.image_size
     if size % pipeline.compression:
         raise UserError(
             f"teacher.image_size = {size}: should be a multiple of {pipeline.compression}, its VAE's factor"
         )
-    return distributed.run_on_main(lambda: black_latent(pipeline, size, Path(config.out), device).cpu()).to(device)
+    precomputed = config.data.latents if config.method.name != "tbcm" else None
+    folder = Path(precomputed or config.out)
+    return distributed.run_on_main(lambda: black_latent(pipeline, size, folder, device).cpu()).to(device)

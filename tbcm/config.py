@@ -79,9 +79,16 @@ class Data(Section):
     prompts: str = Field(description="'emoji' (shipped) or a .txt, .jsonl, .csv or .parquet file")
     column: str = Field("prompt", description="the column of the prompts (.jsonl, .csv, .parquet)")
     images: str | None = Field(
-        None, description="for method.name=scm: 'emoji' (shipped), or a folder of images and their metadata.jsonl"
+        None,
+        description="for the baselines (method.name): 'emoji' (shipped), a folder of images and their metadata.jsonl,"
+        " or WebDataset shards such as shards/*.tar",
     )
-    caption_column: str = Field("text", description="the column of the captions in that file")
+    caption_column: str = Field("text", description="the column of the captions in that file, or in the shards' .json")
+    latents: str | None = Field(
+        None,
+        description="instead of data.images: what python -m tbcm.encode_images wrote; training loads no VAE and no"
+        " images",
+    )
 
 
 class Route(Section):
@@ -101,11 +108,27 @@ class R(Section):
     cooldown_steps: NonNegativeInt = 2000
 
 
+class Adversary(Section):
+    """Sana-Sprint's discriminator (method.name=sprint)."""
+
+    weight: PositiveFloat = Field(0.5, description="of the adversarial loss beside sCM's")
+    max_time: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the student's images that are judged from t_max, where one-step generation starts"
+    )
+    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
+        None, description="the teacher's blocks, counted from 0, whose tokens are scored; default: five spread over it"
+    )
+    noise_mean: float = Field(-0.6, description="of the logit-normal times to which fakes and reals are noised")
+    noise_std: PositiveFloat = 1.0
+    lr: PositiveFloat = 1e-4
+    clip: PositiveFloat = 1.0
+
+
 class Method(Section):
-    name: Literal["tbcm", "scm"] = Field(
+    name: Literal["tbcm", "scm", "sprint"] = Field(
         "tbcm",
-        description="where samples come from: the teacher's own trajectories, or (scm, the baseline) noised images of"
-        " data.images at one logit-normal time each (route.p_mean, route.p_std)",
+        description="where samples come from: the teacher's own trajectories, or (scm and sprint, the baselines) noised"
+        " images at one logit-normal time each (route.p_mean, route.p_std); sprint adds an adversarial loss",
     )
     sigma_data: PositiveFloat = 0.5
     route: Route = Route()
@@ -115,6 +138,7 @@ class Method(Section):
     )
     r: R = R()
     tangent_c: PositiveFloat = 0.1
+    adversary: Adversary = Adversary()
 
 
 class Student(Section):
@@ -246,12 +270,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.method.name == "scm" and self.data.images is None:
-            raise ValueError("method.name=scm needs data.images: 'emoji', or a folder of images with a metadata.jsonl")
+        if self.method.name != "tbcm" and (self.data.images is None) == (self.data.latents is None):
+            raise ValueError(
+                f"method.name={self.method.name} needs data.images ('emoji', a folder of images with a metadata.jsonl,"
+                " or .tar shards) or data.latents (what tbcm.encode_images wrote), and not both"
+            )
+        if self.method.name == "sprint" and self.teacher.fp8:
+            raise ValueError(
+                "method.name=sprint needs teacher.fp8=false: its discriminator needs the teacher's gradient"
+            )
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
             raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
-        if self.method.name == "scm" and self.text.cache is not None:
-            raise ValueError("method.name=scm encodes the images' captions: it cannot take them from text.cache")
+        if self.method.name != "tbcm" and self.text.cache is not None:
+            raise ValueError(
+                f"method.name={self.method.name} encodes the images' captions: it cannot take them from text.cache"
+            )
         return self
 
     def to_yaml(self) -> str:

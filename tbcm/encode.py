@@ -85,22 +85,20 @@ def encode_prompts(
     from tbcm.build import build_prompts, build_text, text_identity, text_weights
     from tbcm.data.embedding_writer import CacheWriter
     from tbcm.data.embeddings import NULL
+    from tbcm.data.sharded import progress_bar, share
     from tbcm.runtime import distributed
 
     prompts = build_prompts(config.model_copy(update={"out": out}))
     computed_in = str(text_weights(config, device)).removeprefix("torch.")
     writer = CacheWriter(Path(out), {**text_identity(config), "computed_in": computed_in, "dtype": dtype})
     distributed.run_on_main(lambda: writer.begin(prompts))
-    # Rank 0 looks for all: while each looked for itself, others would be writing already.
-    whole = distributed.run_on_main(lambda: {name for name in writer.names if writer.is_whole(name)})
-    share = slice(distributed.rank(), None, distributed.world_size())
-    todo = [name for name in writer.names if name not in whole][share]
+    todo, whole = share(writer.names, writer.is_whole)
     if verify:
-        todo += [n for n in writer.names if n in whole][share]
-        todo = [name for name in todo if not writer.is_whole(name, verify=True)]
+        mine = [name for name in writer.names if name in whole][distributed.rank() :: distributed.world_size()]
+        todo += [name for name in mine if not writer.is_whole(name, verify=True)]
     if todo:
         encoder = build_text(config, device).encoder
-        with _progress(sum(len(writer.prompts(name)) for name in todo)) as progress:
+        with progress_bar(sum(len(writer.prompts(name)) for name in todo), "prompt") as progress:
             for name in todo:
                 writer.write(name, _encoded(encoder, writer.prompts(name), batch, name != NULL, progress))
     distributed.barrier()
@@ -115,16 +113,6 @@ def _encoded(
         some = prompts[start : start + batch]
         yield encoder.encode(some, instruct=instruct)
         progress.update(len(some))
-
-
-def _progress(prompts: int) -> tqdm[Any]:
-    """Of rank 0, which has as much to do as any other: prompts, their rate and the time left."""
-    from tbcm.runtime import distributed
-
-    seconds = 0.1 if sys.stderr.isatty() else 60.0  # a batch system keeps every line
-    return tqdm(
-        total=prompts, unit="prompt", disable=not distributed.is_main(), mininterval=seconds, dynamic_ncols=True
-    )
 
 
 def summary(manifest: dict[str, Any], out: str, kept: int) -> str:

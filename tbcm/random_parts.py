@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tbcm.build import Parts, build_student, dtype_of, pipeline_of, switch, teacher_weights
 from tbcm.config import Config
+from tbcm.encoded import VaeLatents
 from tbcm.models.loading import FLOW_STEPS, freeze
 from tbcm.models.presets import AUTOENCODERS, GEMMA_2_2B, MINILM, SANA, compression
 from tbcm.models.sana import SanaTrigFlow
@@ -48,8 +49,11 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     student = build_student(config, teacher)
     if config.method.name == "tbcm":
         return Parts(teacher, student, text, prompts, black)
-    images = RandomImages(prompts, config.teacher.image_size)
-    return Parts(teacher, student, text, prompts, black, images, _random_vae(config, device))
+    if config.data.latents is not None:
+        return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))
+    vae = _random_vae(config, device)
+    latents = VaeLatents(vae, RandomImages(prompts, config.teacher.image_size))
+    return Parts(teacher, student, text, prompts, black, latents, vae)
 
 
 def _random_vae(config: Config, device: torch.device) -> AutoencoderDC:
@@ -73,6 +77,19 @@ class RandomImages:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         return torch.rand(len(indices), *self._shape) * 2 - 1
+
+
+class RandomLatents:
+    """Noise for latents like `one` [C, h, w] (see `tbcm.data.latents.CaptionedLatents`)."""
+
+    def __init__(self, captions: Sequence[str], one: Tensor) -> None:
+        self.captions, self._one = captions, one
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        return torch.randn(len(indices), *self._one.shape, device=self._one.device)
 
 
 class RandomEncoder:

@@ -7,14 +7,15 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbcm.build import Parts, autocast, build_source, dtype_of, switch
+from tbcm.adversary import FIGURES
+from tbcm.build import Parts, autocast, build_adversary, build_source, dtype_of, switch
 from tbcm.config import Config, Precision
 from tbcm.data.prompts import digest
 from tbcm.errors import UserError
@@ -61,7 +62,9 @@ class Trainer:
         self.r_schedule = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
-        self.statistics = StepStatistics(device)
+        self.adversary = build_adversary(config, device, parts)
+        self.statistics = StepStatistics(device, FIGURES if self.adversary else ())
+        self._figures: list[tuple[Callable[[dict[str, Tensor]], None], dict[str, Tensor]]] = []  # of the step so far
         self.grad_norm = torch.zeros((), device=device)
         c = config.checkpoint
         self.writer = CheckpointWriter(
@@ -92,16 +95,25 @@ class Trainer:
             group["lr"] = self.learning_rate(self.step)
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(self.source(self.step)):
-            part = self._accumulate(batch, last=index == self.source.batches - 1, stop=stop)
+            part = self._accumulate(index, batch, stop)
             if part is None:
-                self.optimizer.zero_grad(set_to_none=True)
+                self._give_up()
                 return False
             loss += part
         self.statistics.add_loss(loss)
+        for add, figures in self._figures:
+            add(figures)
+        self._figures.clear()
         with phase("optimizer"):
             self._update(loss)
         self.step += 1
         return True
+
+    def _give_up(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._figures.clear()
+        if self.adversary:
+            self.adversary.give_up()
 
     def _update(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -110,39 +122,62 @@ class Trainer:
         self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary:
+            self.adversary.update(finite)
         self.guard.update(finite, loss)
 
-    def _accumulate(self, batch: Batch, *, last: bool, stop: Callable[[], bool]) -> Tensor | None:
-        """Adds the gradient of one rollout, in micro-batches over its route points. Returns its part of the loss, or
-        None if told to stop."""
-        method, world = self.config.method, distributed.world_size()
-        points = batch.trajectory.points(slice(self.source.first_point, None))
-        n = points.t.shape[1]
-        size = min(self.config.train.points_per_micro_batch or n, n)
+    def _accumulate(self, index: int, batch: Batch, stop: Callable[[], bool]) -> Tensor | None:
+        """Adds the gradient of the step's `index`-th batch, term by term. Returns its part of the loss, or None if told
+        to stop."""
         total = torch.zeros((), device=self.device)
-        for start in range(0, n, size):
+        terms = self._terms(index, batch)
+        for i, term in enumerate(terms):
             pulse.beat(self.step)
             if stop():
                 return None
-            part: Trajectory = points.points(slice(start, start + size))
-            with accumulating(self.wrapped, last=last and start + size >= n), self.autocast():
+            last = index == self.source.batches - 1 and i == len(terms) - 1
+            with accumulating(self.wrapped, last=last), self.autocast():
                 with phase("forward"):
-                    loss, figures = tbcm_loss(
-                        self.wrapped,
-                        part,
-                        batch.condition,
-                        batch.keep,
-                        count=self.config.train.prompts_per_step * n,
-                        r=self.r_schedule(self.step),
-                        sigma_data=method.sigma_data,
-                        c=method.tangent_c,
-                    )
+                    loss = term()
                 with phase("backward"):
                     # Gradients are averaged over ranks, and each rank's loss is its share of the global mean.
-                    self.scaler.scale(loss * world).backward()
-            self.statistics.add(figures)
+                    self.scaler.scale(loss * distributed.world_size()).backward()
             total += loss.detach()
+        if self.adversary:
+            self._figures.append((self.statistics.add_shares, self.adversary.learn(last=last)))
         return total
+
+    def _terms(self, index: int, batch: Batch) -> list[Callable[[], Tensor]]:
+        """The loss of a batch in terms of which one at a time is in memory: micro-batches of its points, after what the
+        adversary says of it. (The last one is to reach every weight, since it exchanges the gradients.)"""
+        points = batch.trajectory.points(slice(self.source.first_point, None))
+        n = points.t.shape[1]
+        size = min(self.config.train.points_per_micro_batch or n, n)
+        terms: list[Callable[[], Tensor]] = [
+            partial(self._consistency, batch, points.points(slice(start, start + size))) for start in range(0, n, size)
+        ]
+        return [partial(self._adversarial, index, batch), *terms] if self.adversary else terms
+
+    def _consistency(self, batch: Batch, part: Trajectory) -> Tensor:
+        method = self.config.method
+        loss, figures = tbcm_loss(
+            self.wrapped,
+            part,
+            batch.condition,
+            batch.keep,
+            count=self.samples_per_step,
+            r=self.r_schedule(self.step),
+            sigma_data=method.sigma_data,
+            c=method.tangent_c,
+        )
+        self._figures.append((self.statistics.add, figures))
+        return loss
+
+    def _adversarial(self, index: int, batch: Batch) -> Tensor:
+        assert self.adversary is not None
+        loss, figures = self.adversary.loss(self.wrapped, batch, self.step, index)
+        self._figures.append((self.statistics.add_shares, figures))
+        return loss
 
     def autocast(self) -> torch.autocast:
         return autocast(self.dtype, self.device)
@@ -246,6 +281,7 @@ class Trainer:
             "guard": self.guard,
             "statistics": self.statistics,
             "scaler": self.scaler,
+            **(self.adversary.state() if self.adversary else {}),
         }
 
     def save(self) -> None:
@@ -275,8 +311,9 @@ class Trainer:
     @cached_property
     def _described(self) -> dict[str, Any]:
         """The configuration, and the prompts that it only names. Every rank asks for it."""
-        config = self.config.model_dump(mode="json")
-        config["data"]["prompts_digest"] = distributed.run_on_main(lambda: digest(self.parts.prompts))
+        config, latents = self.config.model_dump(mode="json"), self.parts.latents
+        texts = latents.captions if latents is not None else self.parts.prompts
+        config["data"]["prompts_digest"] = distributed.run_on_main(lambda: digest(texts))
         return config
 
     def resume(self) -> None:

@@ -1,4 +1,4 @@
-"""sCM's batches: encoded images, noised, the same whatever the number of ranks and the size of a batch."""
+"""The baselines' batches: latents, noised, the same whatever the number of ranks and the size of a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny import PROMPTS, metrics, tiny_config, tiny_parts, tiny_vae
 from torch import Tensor
 
 from tbcm.build import Parts
-from tbcm.encoded import EncodedImages
+from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.models.loading import encode_images
 from tbcm.rollouts import Batch, GuidedTeacher, draw
@@ -58,16 +58,17 @@ def parts() -> Parts:
 VAE = tiny_vae().eval().requires_grad_(False)
 
 
-def make(parts: Parts, **options: Any) -> EncodedImages:
+def make(parts: Parts, **options: Any) -> NoisedLatents:
     arguments = {
-        "latent_shape": parts.black.shape,
+        "shape": parts.black.shape,
+        "device": CPU,
         "method": tiny_config(Path("unused")).method,
         "t_max": T_MAX,
         "seed": 0,
         "prompts_per_step": PER_STEP,
     }
     teacher = GuidedTeacher(parts.teacher, parts.text, nullcontext)
-    return EncodedImages(teacher, VAE, parts.text, Images(), **{**arguments, **options})
+    return NoisedLatents(teacher, parts.text, VaeLatents(VAE, Images()), **{**arguments, **options})
 
 
 def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def test_an_epoch_shows_every_image_once(parts: Parts) -> None:
     batches = make(parts, prompts_per_step=3)
     for step in range(len(PROMPTS) // 3):
         list(batches(step))
-    assert sorted(batches.images.asked) == list(range(len(PROMPTS)))  # type: ignore[attr-defined]
+    assert sorted(batches.latents.images.asked) == list(range(len(PROMPTS)))  # type: ignore[attr-defined]
 
 
 def test_draws_are_a_function_of_seed_and_step(parts: Parts) -> None:
@@ -154,7 +155,7 @@ def test_the_number_of_ranks_does_not_change_the_run(
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         data = make(parts, prompts_per_rollout=at_once)
         batches += data(5)
-        assert len(data.images.asked) == PER_STEP // world  # type: ignore[attr-defined]
+        assert len(data.latents.images.asked) == PER_STEP // world  # type: ignore[attr-defined]
     assert_same(batches, whole)
     with pytest.raises(UserError, match="5 prompts a step cannot be shared"):
         make(parts, prompts_per_step=5)
@@ -164,7 +165,7 @@ def trainer(out: Path, **options: Any) -> Trainer:
     config = tiny_config(
         out, method={"name": "scm"}, data={"images": "unused"}, train={"steps": 3, **options}, log={"every": 1}
     )
-    return Trainer(config, CPU, replace(tiny_parts(config), images=Images(), vae=VAE))
+    return Trainer(config, CPU, replace(tiny_parts(config), latents=VaeLatents(VAE, Images()), vae=VAE))
 
 
 def test_the_trainer_trains_on_them(tmp_path: Path) -> None:

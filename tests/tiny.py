@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ class HashEncoder:
 
     def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
         def states(prompt: str) -> Tensor:
-            seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
-            return torch.randn(self.max_tokens, self.dim, generator=torch.Generator().manual_seed(seed))
+            return torch.randn(self.max_tokens, self.dim, generator=torch.Generator().manual_seed(seed_of(prompt)))
 
         length = torch.tensor([min(self.max_tokens, 1 + len(p) // 3) for p in prompts])
         mask = torch.arange(self.max_tokens) < length[:, None]
@@ -53,9 +53,28 @@ def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
         "log": {"every": 2, "preview_every": 0},
         "checkpoint": {"every": 100},
     }
+    if sections.get("method", {}).get("name", "tbcm") != "tbcm":
+        tree["data"]["images"] = "unused"
     for name, update in sections.items():
         tree[name] = {**tree.get(name, {}), **update}
     return parse_config({"out": str(out), **tree}, "tiny")
+
+
+class TinyLatents:
+    """A clean latent for each of the prompts, a function of its text."""
+
+    captions = PROMPTS
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        made = [torch.Generator().manual_seed(seed_of(self.captions[i])) for i in indices]
+        return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in made])
+
+
+def seed_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
 def tiny_parts(config: Config, **backbone: Any) -> Parts:
@@ -63,7 +82,8 @@ def tiny_parts(config: Config, **backbone: Any) -> Parts:
     teacher = SanaTrigFlow(tiny_sana(**backbone), timestep_scale=1.0, differentiable=False, compiled=compiled)
     freeze(teacher)
     text = TextConditions(HashEncoder(), config.teacher.null_mask)
-    return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8))
+    latents = None if config.method.name == "tbcm" else TinyLatents()
+    return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8), latents)
 
 
 def tiny_vae() -> AutoencoderDC:

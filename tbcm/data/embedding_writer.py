@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,24 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tbcm
-from tbcm.data.embeddings import (
-    FORMAT,
-    MANIFEST,
-    NULL,
-    PROMPTS,
-    SHARD_PROMPTS,
-    Shard,
-    differences,
-    read_manifest,
-    shard_name,
-)
+from tbcm.data import sharded
+from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, STATES, Shard, shard_name
 from tbcm.data.prompts import PromptSource, open_prompts
-from tbcm.errors import UserError
-from tbcm.runtime.files import TEMPORARY_PREFIX, atomic_path, write_json
+from tbcm.data.sharded import MANIFEST, key_of
+from tbcm.runtime.files import atomic_path, write_json
 
 
 class CacheWriter:
@@ -49,15 +37,7 @@ class CacheWriter:
 
         Raises UserError where the folder holds a finished cache that was made with other settings.
         """
-        if (self.folder / MANIFEST).is_file():
-            if different := differences(read_manifest(self.folder)["made_with"], self.made_with):
-                raise UserError(
-                    f"{self.folder} holds a cache that was made otherwise (there -> now): {different};"
-                    " remove it or choose another folder"
-                )
-            (self.folder / MANIFEST).unlink()  # until the end there is no cache
-        for leftover in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            leftover.unlink()
+        STATES.begin(self.folder, self.made_with)
         distinct = pc.unique(source.arrow)
         table = pa.table({"prompt": distinct, "order": pc.sort_indices(distinct)})
         with atomic_path(self.folder / PROMPTS) as part, pa.ipc.new_file(str(part), table.schema) as writer:
@@ -77,22 +57,15 @@ class CacheWriter:
     def is_whole(self, name: str, *, verify: bool = False) -> bool:
         """Whether a file is there, of these prompts and settings and in its full length; and, to `verify`, unchanged
         to the last bit."""
-        try:
-            shard = Shard(self.folder / name)
-        except UserError:
-            return False
-        same = shard.metadata.get("key") == self._key(name)
-        return same and (not verify or shard.metadata.get("sha256") == _digest(shard.states, shard.offsets))
+        return STATES.is_whole(self.folder / name, self._key(name), "states", "offsets", verify=verify)
 
     def write(self, name: str, encoded: Iterable[tuple[Tensor, Tensor]]) -> None:
         """A file from the states and masks of its prompts, batch by batch as an encoder returns them."""
         kept = [_without_padding(embeds, mask, self.dtype) for embeds, mask in encoded]
         states, lengths = (torch.cat(parts) for parts in zip(*kept, strict=True))
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        metadata = {"key": self._key(name), "sha256": _digest(states, offsets)}
-        with atomic_path(self.folder / name) as part:
-            save_file({"states": states, "offsets": offsets}, part, metadata)
-            part.chmod((self.folder / PROMPTS).stat().st_mode)  # safetensors lets only the owner read it
+        tensors = {"states": states, "offsets": offsets}
+        sharded.write(self.folder / name, self._key(name), tensors, beside=self.folder / PROMPTS)
 
     def finish(self, source: PromptSource) -> dict[str, Any]:
         """Writes the manifest and returns it. Rank 0 does, when all files are there."""
@@ -105,7 +78,7 @@ class CacheWriter:
             for name, s in zip(self.names, shards, strict=True)
         }
         manifest = {
-            "format": FORMAT,
+            "format": STATES.format,
             "tbcm": tbcm.__version__,
             "made_from": {"data.prompts": source.digest()},
             "made_with": self.made_with,
@@ -123,8 +96,7 @@ class CacheWriter:
         return open_prompts(self.folder / PROMPTS)
 
     def _key(self, name: str) -> str:
-        content = json.dumps([FORMAT, self.made_with, self.prompts(name)])
-        return hashlib.sha256(content.encode()).hexdigest()
+        return key_of(STATES.format, self.made_with, self.prompts(name))
 
 
 def _without_padding(embeds: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -136,10 +108,3 @@ def _without_padding(embeds: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[
     if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
         raise ValueError("an encoder's padding is to follow its tokens")
     return embeds[mask].to(dtype).cpu(), lengths.cpu()
-
-
-def _digest(states: Tensor, offsets: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in (states, offsets):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -13,22 +13,21 @@ Training looks at sizes only; reading hundreds of GB to check digests is for `tb
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
 from tbcm.data.prompts import map_table
+from tbcm.data.sharded import Kind, differences
 from tbcm.errors import UserError
 
-FORMAT = 1
-MANIFEST, PROMPTS, NULL = "manifest.json", "prompts.arrow", "null.safetensors"
+STATES = Kind("text states", "tbcm.encode", format=1)
+PROMPTS, NULL = "prompts.arrow", "null.safetensors"
 SHARD_PROMPTS = 1024
 """At most 1.4 GB: 300 tokens of 2,304 bf16 numbers each."""
 
@@ -46,9 +45,7 @@ class CachedEncoder:
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         self.folder, self.device = Path(folder), torch.device(device)
-        self.manifest = read_manifest(self.folder)
-        for name, file in self.manifest["files"].items():
-            _check_size(self.folder / name, file["bytes"])
+        self.manifest = STATES.open(self.folder)
         self.dim: int = self.manifest["dim"]
         self.max_tokens: int = self.manifest["made_with"]["text.max_tokens"]
         self._dtype: torch.dtype = getattr(torch, self.manifest["made_with"]["dtype"])
@@ -121,13 +118,8 @@ class Shard:
     """A file of states, mapped into memory. Raises UserError where it is missing or not whole."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
-                self.states: Tensor = file.get_tensor("states")  # [tokens of all, D]; read where it is used
-                self.offsets: Tensor = file.get_tensor("offsets")  # [P + 1]: prompt p has tokens offsets[p : p + 2]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: missing or damaged ({error}); {_AGAIN}") from error
+        # The states [tokens of all, D] are read where they are used; prompt p has tokens offsets[p : p + 2] of them.
+        self.metadata, (self.states, self.offsets) = STATES.read(path, "states", "offsets")
         self._starts: list[int] = self.offsets.tolist()
 
     def __getitem__(self, prompt: int) -> Tensor:
@@ -135,36 +127,5 @@ class Shard:
         return self.states[self._starts[prompt] : self._starts[prompt + 1]]
 
 
-_AGAIN = "run tbcm.encode again as before, which makes what is missing"
-
-
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where there is none, or none that this version reads."""
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{path}: has format {manifest['format']}, this version reads {FORMAT}: encode again")
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no cache of text states, or not a finished one ({MANIFEST}); {_AGAIN}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); remove it and {_AGAIN}") from error
-    return manifest
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Where `old` is not `new`, as "key: old -> new, ..."; empty where it is."""
-    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        actual = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {_AGAIN}") from None
-    if actual != size:
-        raise UserError(f"{path}: damaged, it has {actual:,} bytes and not {size:,}; {_AGAIN}")

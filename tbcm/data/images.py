@@ -1,28 +1,24 @@
-"""Captioned images, for the baselines that train on data: a folder in Hugging Face's imagefolder layout, or the shipped
-emoji. They are decoded when asked for."""
+"""Captioned images, for the baselines that train on data: a folder in Hugging Face's imagefolder layout, WebDataset
+shards (`tbcm.data.webdataset`), or the shipped emoji. They are decoded when asked for."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from tbcm.data.decoding import decode, decoded, to_unit
 from tbcm.data.prompts import PromptSource
 from tbcm.data.tables import place, read_column
+from tbcm.data.webdataset import WebDataset
 from tbcm.emoji.dataset import SIZE, read_atlas
 from tbcm.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-MAX_THREADS = 8  # that decode; Pillow lets go of the interpreter meanwhile
 
 
 class CaptionedImages(Protocol):
@@ -39,16 +35,23 @@ class CaptionedImages(Protocol):
 
 
 def open_images(path: str, image_size: int, column: str = "text") -> CaptionedImages:
-    """`path` 'emoji' is the shipped images, anything else a folder; see `ShippedEmoji` and `ImageFolder`."""
-    return ShippedEmoji(image_size) if path == "emoji" else ImageFolder(path, image_size, column)
+    """`path` 'emoji' is the shipped images; a folder is an `ImageFolder`, or where it holds .tar shards instead of
+    metadata, like a path that names some, a `WebDataset`."""
+    if path == "emoji":
+        return ShippedEmoji(image_size)
+    folder = Path(path).expanduser()
+    if ".tar" in folder.name and not folder.is_dir():
+        return WebDataset(path, image_size, column)
+    if not any((folder / name).is_file() for name in METADATA) and any(folder.glob("*.tar")):
+        return WebDataset(str(folder / "*.tar"), image_size, column)
+    return ImageFolder(folder, image_size, column)
 
 
 class ImageFolder:
     """A folder of images and a metadata.jsonl, .csv or .parquet whose rows name a file (relative to the folder) in
     `file_name` and its caption in `column`.
 
-    Images are cropped about their centre to a square and resized to `image_size`, bicubic with antialiasing. EXIF
-    rotation is applied and transparency laid on white.
+    Images are made square, of `image_size` pixels (see `decode`).
 
     Raises:
         UserError: no such folder, metadata or file; metadata that is malformed, empty or not UTF-8, lacks a column or
@@ -69,9 +72,7 @@ class ImageFolder:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`. Raises UserError naming the first image that cannot be decoded."""
-        files = [self.folder / self._files[i] for i in indices]
-        with ThreadPoolExecutor(min(MAX_THREADS, len(files), os.cpu_count() or 1)) as pool:
-            return _to_unit(torch.stack(list(pool.map(lambda file: decode(file, self.size), files))))
+        return decoded(lambda i: decode(self.folder / self._files[i], self.size), indices)
 
 
 class ShippedEmoji:
@@ -95,30 +96,7 @@ class ShippedEmoji:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`."""
-        return _to_unit(self._images[list(indices)])
-
-
-def decode(file: Path, size: int) -> Tensor:
-    """An image file as [3, size, size] uint8, as `ImageFolder` describes it."""
-    try:
-        with Image.open(file) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to white instead of scaling them
-                raise UserError(f"{file}: its pixels have more than 8 bits a channel; convert it to 8")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, EOFError, ... on damaged files
-        raise UserError(f"{file}: cannot be decoded ({error}); replace it or take its row out") from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-def _to_unit(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+        return to_unit(self._images[list(indices)])
 
 
 def _metadata(folder: Path) -> Path:
@@ -127,7 +105,9 @@ def _metadata(folder: Path) -> Path:
     for name in METADATA:
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder}: has no {' or '.join(METADATA)}; write one with each image's file_name and caption")
+    raise UserError(
+        f"{folder}: has no {' or '.join(METADATA)}, nor .tar shards; write one with each image's file_name and caption"
+    )
 
 
 def _rows(metadata: Path, column: str) -> tuple[list[str], list[str]]:

@@ -7,7 +7,8 @@ checkpointed on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -122,19 +123,41 @@ class SanaTrigFlow(nn.Module):
         keys, values = (torch.stack(parts, dim=1) for parts in zip(*pairs, strict=True))
         return Condition({"keys": keys, "values": values, "mask": condition.tensors["mask"]})
 
+    def features(
+        self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Tokens [B, T, D] after the blocks `layers` (ascending, from 0), with a graph to u; later blocks do not run.
+
+        For discriminators on a frozen network (arguments as for `forward`).
+        """
+        h, temb, _ = self._embed((u, None), (t, None), guidance)
+        states = self._through_blocks(h, temb, condition, self._grid(u))
+        found = {i: tokens for i, (tokens, _) in enumerate(islice(states, layers[-1] + 1)) if i in layers}
+        return [found[i] for i in layers]
+
     def _predict(self, u: Dual, t: Dual, condition: Condition, guidance: Tensor | None) -> Prediction:
-        size = tuple(n // self.backbone.config.patch_size for n in u[0].shape[-2:])
-        mask = condition.tensors["mask"].to(self.backbone.dtype)
-        bias = ((1 - mask) * -10000.0)[:, None]  # as in diffusers: [P, 1, L]
         h, temb, emb = self._differentiated(lambda u, t: self._embed(u, t, guidance), u, t)
-        for block, text in zip(self.backbone.transformer_blocks, self._text(condition), strict=True):
-            h = block(self._run, h, temb, text, bias, size)
+        for h in self._through_blocks(h, temb, condition, self._grid(u[0])):  # noqa: B007, B020
+            pass
         ((F, dF),) = self._differentiated(self._head, h, emb, u, t)
         logvar = None
         if self.logvar_head is not None:
             with torch.autocast(u[0].device.type, enabled=False):
                 logvar = self.logvar_head(emb[0].to(self.logvar_head.weight.dtype)).squeeze(-1)
         return Prediction(F, dF, logvar)
+
+    def _grid(self, u: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        patch = self.backbone.config.patch_size
+        return u.shape[-2] // patch, u.shape[-1] // patch
+
+    def _through_blocks(self, h: Dual, temb: Dual, condition: Condition, size: tuple[int, int]) -> Iterator[Dual]:
+        """Tokens after each block."""
+        mask = condition.tensors["mask"].to(self.backbone.dtype)
+        bias = ((1 - mask) * -10000.0)[:, None]  # as in diffusers: [P, 1, L]
+        for block, text in zip(self.backbone.transformer_blocks, self._text(condition), strict=True):
+            h = block(self._run, h, temb, text, bias, size)
+            yield h
 
     def _differentiated(self, part: Callable[..., tuple[Dual, ...]], *inputs: Dual) -> tuple[Dual, ...]:
         if self.derivative == "dual":

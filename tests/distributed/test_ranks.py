@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tbcm.adversary import FIGURES
 from tbcm.preview import Previewer
 from tbcm.runtime import distributed
 from tbcm.runtime.files import write_json
@@ -87,6 +88,21 @@ def test_the_number_of_ranks_changes_nothing(ranks: int, single: Path, tmp_path:
     on_ranks(ranks, train, {tmp_path / name: sections for name, sections in WAYS[ranks].items()})
     for name in WAYS[ranks]:
         assert_same_run(single, tmp_path / name)
+
+
+SPRINT: Sections = {"method": {"name": "sprint", "adversary": {"lr": 1e-4}}}
+
+
+def test_nor_with_an_adversary(tmp_path: Path) -> None:
+    """Whose heads are replicated, and whose gradient comes before the one that is exchanged."""
+    train({tmp_path / "single": SPRINT})
+    ways = {"ddp": SPRINT | ACCUMULATED, "fsdp": SPRINT | FSDP}
+    on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
+    for name in ways:
+        assert_same_run(tmp_path / "single", tmp_path / name)
+        for a, b in zip(metrics(tmp_path / "single"), metrics(tmp_path / name), strict=True):
+            for key in FIGURES:
+                torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
 
 
 class Collectives(TorchDispatchMode):

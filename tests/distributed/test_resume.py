@@ -37,10 +37,14 @@ def stop_after(trainer: Trainer, step: int) -> None:
     trainer.train_step = told  # type: ignore[assignment,method-assign]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "came"])
-def test_resumed_after_any_step_it_is_the_same_run(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [{"optimizer": {"name": "adamw"}}, {"optimizer": {"name": "came"}}, {"method": {"name": "sprint"}}],
+    ids=["adamw", "came", "sprint"],
+)
+def test_resumed_after_any_step_it_is_the_same_run(tmp_path: Path, kind: Sections) -> None:
     # Rows are means of two steps: those of a run stopped between two must have been kept.
-    sections: Sections = {"optimizer": {"name": optimizer}, "log": {"every": 2}}
+    sections: Sections = {**kind, "log": {"every": 2}}
     make(tmp_path / "whole", sections).run()
     for step in range(STEPS):
         stopped = make(tmp_path / str(step), sections)

@@ -1,0 +1,140 @@
+"""What folders of computed tensors (text states, latents) have in common: safetensors shards, each written in one step
+by any of many processes, and a manifest that names them all and is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tbcm.errors import UserError
+from tbcm.runtime import distributed
+from tbcm.runtime.files import atomic_path, remove_leftovers
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds, the command that writes it, and the format that this version reads."""
+
+    holds: str
+    command: str
+    format: int
+
+    @property
+    def again(self) -> str:
+        return f"run {self.command} again as before, which makes what is missing"
+
+    def read_manifest(self, folder: Path) -> dict[str, Any]:
+        """Raises UserError where there is none, or none that this version reads."""
+        path = folder / MANIFEST
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != self.format:
+                raise UserError(
+                    f"{path}: has format {manifest['format']}, this version reads {self.format}: encode again"
+                )
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder}: no cache of {self.holds}, or not a finished one ({MANIFEST}); {self.again}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); remove it and {self.again}") from error
+        return manifest
+
+    def open(self, folder: Path) -> dict[str, Any]:
+        """The manifest. Raises UserError also where a file that it names is missing or cut."""
+        manifest = self.read_manifest(folder)
+        for name, file in manifest["files"].items():
+            self._check_size(folder / name, file["bytes"])
+        return manifest
+
+    def begin(self, folder: Path, made_with: Mapping[str, Any]) -> None:
+        """Makes `folder` ready to be written to. Rank 0 does, before any other touches it.
+
+        Raises UserError where it holds a finished cache that was made with other settings.
+        """
+        if (folder / MANIFEST).is_file():
+            if different := differences(self.read_manifest(folder)["made_with"], made_with):
+                raise UserError(
+                    f"{folder} holds a cache that was made otherwise (there -> now): {different};"
+                    " remove it or choose another folder"
+                )
+            (folder / MANIFEST).unlink()  # until the end there is no cache
+        remove_leftovers(folder)
+
+    def read(self, path: Path, *names: str) -> tuple[dict[str, str], list[Tensor]]:
+        """A file's metadata and tensors. They are mapped into memory: what is not used is not read.
+
+        Raises UserError where it is missing or not whole.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                return file.metadata() or {}, [file.get_tensor(name) for name in names]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: missing or damaged ({error}); {self.again}") from error
+
+    def is_whole(self, path: Path, key: str, *names: str, verify: bool = False) -> bool:
+        """Whether a file is there, with that `key` and in its full length; and, to `verify`, unchanged to the last
+        bit."""
+        try:
+            metadata, tensors = self.read(path, *names)
+        except UserError:
+            return False
+        return metadata.get("key") == key and (not verify or metadata.get("sha256") == _digest(tensors))
+
+    def _check_size(self, path: Path, size: int) -> None:
+        try:
+            actual = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; {self.again}") from None
+        if actual != size:
+            raise UserError(f"{path}: damaged, it has {actual:,} bytes and not {size:,}; {self.again}")
+
+
+def write(path: Path, key: str, tensors: dict[str, Tensor], *, beside: Path) -> None:
+    """A file that tells by its `key` what it was made from and with. It may be read by whom `beside` may be."""
+    with atomic_path(path) as part:
+        save_file(tensors, part, {"key": key, "sha256": _digest(list(tensors.values()))})
+        part.chmod(beside.stat().st_mode)  # safetensors lets only the owner read it
+
+
+def key_of(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Where `old` is not `new`, as "key: old -> new, ..."; empty where it is."""
+    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+
+
+def share(names: Sequence[str], is_whole: Callable[[str], bool]) -> tuple[list[str], set[str]]:
+    """The files that this rank is to write, and all that are whole already. Every rank calls it."""
+    # Rank 0 looks for all: while each looked for itself, others would be writing already.
+    whole = distributed.run_on_main(lambda: {name for name in names if is_whole(name)})
+    todo = [name for name in names if name not in whole]
+    return todo[distributed.rank() :: distributed.world_size()], whole
+
+
+def progress_bar(total: int, unit: str) -> tqdm[Any]:
+    """Of rank 0, which has as much to do as any other: how many, their rate and the time left."""
+    seconds = 0.1 if sys.stderr.isatty() else 60.0  # a batch system keeps every line
+    return tqdm(total=total, unit=unit, disable=not distributed.is_main(), mininterval=seconds, dynamic_ncols=True)
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""Encode images once: python -m tbcm.encode_images CONFIG OUT [key=value ...] (with torchrun for many)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tbcm.config import Config, load_config
+from tbcm.errors import UserError, command
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tbcm.data.latents import CaptionedLatents
+
+DTYPES = {"fp16": "float16", "fp32": "float32"}
+EPILOG = """
+examples:
+  python -m tbcm.encode_images configs/sana.yaml latents data.images='shards/*.tar'
+  torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana.yaml latents data.images=FOLDER
+  torchrun --nproc_per_node 8 -m tbcm.train configs/sana.yaml method.name=scm data.latents=latents
+
+data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column),
+or WebDataset shards: a folder of .tar files, 'shards/*.tar' or 'shards/{00000..00041}.tar', of 0001.jpg (.png, .webp)
+and 0001.txt (or .json, with data.caption_column).
+
+It may be stopped at any time: the same command goes on, and keeps every file that is there and whole. All nodes must
+see OUT. fp16 takes 64 kB for an image of 1,024 pixels (32 channels of 32 x 32). Training refuses latents of another
+teacher, size or scale. Images that are changed later are not noticed: encode them into another folder.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tbcm.encode_images",
+        description="Encode captioned images once, for training the baselines without a VAE (data.latents=OUT).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="of the training: says which images, whose VAE, and teacher.image_size")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as data.images=FOLDER")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored latents (default: fp16)")
+    parser.add_argument("--batch", type=int, default=8, help="images that are encoded at once (default: 8)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    return parser.parse_intermixed_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.batch < 1:
+        raise UserError(f"--batch {arguments.batch}: give at least 1")
+    if config.data.images is None:
+        raise UserError("there are no images to encode: give data.images=FOLDER (and data.latents=null)")
+
+    from tbcm.runtime import distributed
+    from tbcm.runtime.files import RunLock
+    from tbcm.runtime.log import setup_logging
+
+    device = distributed.init(arguments.device, timeout=timedelta(days=1))  # the last shard of another rank
+    setup_logging()
+    lock = RunLock(arguments.out)
+    distributed.run_on_main(lock.acquire)
+    try:
+        encode_dataset(config, arguments.out, device, dtype=DTYPES[arguments.dtype], batch=arguments.batch)
+    finally:
+        lock.release()
+        distributed.shutdown()
+
+
+def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
+    """Fills the folder `out` with the latents of data.images. Every rank calls it and takes its share of the files."""
+    from tbcm.build import build_black_latent, build_vae, latents_identity, vae_weights
+    from tbcm.data.images import open_images
+    from tbcm.data.latent_writer import LatentWriter
+    from tbcm.data.sharded import progress_bar, share
+    from tbcm.encoded import VaeLatents
+    from tbcm.runtime import distributed
+
+    data = config.data
+    assert data.images is not None
+    made_with = {
+        **latents_identity(config),
+        "data.images": data.images if data.images == "emoji" else str(Path(data.images).expanduser().absolute()),
+        "data.caption_column": data.caption_column,
+        "computed_in": str(vae_weights(config, device)).removeprefix("torch."),
+        "dtype": dtype,
+    }
+    images = open_images(data.images, config.teacher.image_size, data.caption_column)
+    writer = LatentWriter(Path(out), made_with)
+    distributed.run_on_main(lambda: writer.begin(images.captions))
+    build_black_latent(config.model_copy(update={"out": out}), device)  # training has no VAE to make it with
+    todo, whole = share(writer.names, writer.is_whole)
+    if todo:
+        encoded = VaeLatents(build_vae(config, device), images)
+        with progress_bar(sum(len(writer.indices(name)) for name in todo), "image") as progress:
+            for name in todo:
+                writer.write(name, _batches(encoded, writer.indices(name), batch, progress))
+    distributed.barrier()
+    manifest = distributed.run_on_main(writer.finish)
+    logging.getLogger("tbcm").info("%s", summary(manifest, out, kept=len(whole)))
+
+
+def _batches(encoded: CaptionedLatents, indices: Sequence[int], batch: int, progress: tqdm[Any]) -> Iterator[Tensor]:
+    for start in range(0, len(indices), batch):
+        some = indices[start : start + batch]
+        yield encoded.latents(some)
+        progress.update(len(some))
+
+
+def summary(manifest: dict[str, Any], out: str, kept: int) -> str:
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    shape = " x ".join(map(str, manifest["shape"]))
+    return f"{out}: {manifest['images']:,} latents of {shape}, {size / 1e6:,.1f} MB" + (
+        f" ({kept:,} files were there already)" * bool(kept)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
