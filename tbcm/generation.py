@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -43,7 +43,8 @@ def teacher_times(steps: int, shift: float) -> Tensor:
 
 
 class Sampler:
-    """Prompts -> scaled latents or images, in batches. Image i of a call depends on (prompt i, seed, i) alone.
+    """Prompts -> scaled latents or images, in batches. Image i of a call depends on (prompt i, seed, i) alone; a call
+    for a part of a longer list says with `first` where in it the part begins.
 
     `net` is a student (few steps, guidance through its embedding) or, with `teacher`, a teacher (first-order steps of
     its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times and guidance
@@ -66,23 +67,30 @@ class Sampler:
         side = config.teacher.image_size // pipeline.compression
         self.shape = net.backbone.config.in_channels, side, side
 
-    def __call__(self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
+    ) -> Tensor:
         """Images [P, 3, H, W] uint8, on the CPU."""
-        return self.decode(self.latents(prompts, steps=steps, guidance=guidance, seed=seed))
+        return self.decode(self.latents(prompts, steps=steps, guidance=guidance, seed=seed, first=first))
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0) -> Tensor:
+    def latents(
+        self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
+    ) -> Tensor:
         """Scaled latents xbar_0 [P, C, h, w], fp32. Guidance defaults to the middle one of those trained on."""
         scales = sorted(self.config.method.guidance)
         scale = scales[len(scales) // 2] if guidance is None else guidance
         device, parts = next(self.net.parameters()).device, []
         for start in range(0, len(prompts), self.batch):
             chunk = list(prompts[start : start + self.batch])
-            noise = NoiseSource(seed, range(start, start + len(chunk)), self.shape, device)
-            parts.append(self._sample(self.text(chunk), noise, steps, scale))
+            begin = first + start
+            noise = NoiseSource(seed, range(begin, begin + len(chunk)), self.shape, device)
+            parts.append(self.sample(self.text(chunk), noise, steps, scale))
         return torch.cat(parts)
 
-    def _sample(self, condition: Condition, noise: NoiseSource, steps: int, guidance: float) -> Tensor:
+    @torch.no_grad()
+    def sample(self, condition: Condition, noise: Callable[[], Tensor], steps: int, guidance: float) -> Tensor:
+        """Scaled latents of one batch of encoded prompts; each call of `noise` is a draw [P, C, h, w]."""
         sigma_data = self.config.method.sigma_data
         start = noise() * sigma_data
         w = torch.full((len(condition),), guidance, device=start.device)
@@ -96,14 +104,20 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""
         vae = self._vae.to(latents.device)
-        pixels = latents[0, 0].numel() * self.pipeline.compression**2
-        images = [to_uint8(decode_latents(vae, part)).cpu() for part in latents.split(max(1, 2**21 // pixels))]
+        images = [part.cpu() for part in decode_in_parts(vae, latents, self.pipeline.compression)]
         self._vae.to("cpu")
         return torch.cat(images)
 
     @cached_property
     def _vae(self) -> AutoencoderDC:
         return self.pipeline.load_vae(torch.float32)
+
+
+def decode_in_parts(vae: AutoencoderDC, latents: Tensor, compression: int) -> Iterator[Tensor]:
+    """Scaled latents -> images [P, 3, H, W] uint8 on the same device, two million pixels at a time."""
+    pixels = latents[0, 0].numel() * compression**2
+    for part in latents.split(max(1, 2**21 // pixels)):
+        yield to_uint8(decode_latents(vae, part))
 
 
 def open_sampler(path: str, *, teacher: bool = False, average: bool = True, device: str | None = None) -> Sampler:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ from tqdm import tqdm
 
 from tbcm.build import build_parts, pipeline_of
 from tbcm.config import Config, load_config
-from tbcm.emoji.dataset import read_atlas
 from tbcm.errors import UserError, command
+from tbcm.evaluation.emoji import TEACHER_STEPS, EmojiJudge
 from tbcm.generation import Sampler
 from tbcm.images import save_png, sheet
-from tbcm.metrics import features, fid, kid, split
 from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.files import RunLock, atomic_path, write_json
 from tbcm.runtime.log import setup_logging
@@ -40,12 +37,7 @@ SHEET_PROMPTS = (
     "snowman, fluent flat",
     "hamburger, noto",
 )
-TEACHER_STEPS = 20
 REFERENCE = f"teacher_{TEACHER_STEPS}"
-
-
-def assets() -> Path:
-    return Path(str(resources.files("tbcm.emoji") / "assets"))
 
 
 class Arms:
@@ -66,26 +58,22 @@ def run(config: Config, out: Path, images: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(config, device, build_parts(config, device))
     draw_arm = Arms(config, trainer)
-    captions = [row["caption"] for row in json.loads((assets() / "real.json").read_text(encoding="utf-8"))["images"]]
-    prompts = [captions[i] for i in spread(images, len(captions))]
+    judge = EmojiJudge(draw_arm.teacher, images, cache=None, device=device)
     pictures: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    found: dict[str, dict[str, float]] = {}
 
     def arm(name: str, of: str, measured: bool = True) -> None:
         pictures[name] = draw_arm(of, list(SHEET_PROMPTS), seed=0)
         if measured:
-            # The teacher's many-step samples are the reference and have noise of their own, so that a student is
-            # compared with their distribution and not with the very samples.
-            found[name] = features(draw_arm(of, prompts, seed=1 if name == REFERENCE else 0), device=device)
+            found[name] = judge.distances(draw_arm(of, judge.prompts, seed=0))
         progress.update()
 
     with tqdm(total=6, desc="measuring before", unit="arm", disable=None) as progress:
-        real = read_atlas(assets() / "real.webp", len(captions))
-        found["real"] = features(real[spread(min(2 * images, len(real)), len(real))], device=device)
+        floor = judge.floor()  # and with it the real images and the teacher's samples, which everything is compared to
         progress.update()
         arm("before", "student_1")
         for steps in (1, 2, 4, TEACHER_STEPS):
-            arm(f"teacher_{steps}", f"teacher_{steps}", measured=steps != 4)
+            arm(f"teacher_{steps}", f"teacher_{steps}", measured=steps < 4)
     started = time.monotonic()
     stopped = trainer.run()
     train_seconds = time.monotonic() - started
@@ -96,12 +84,14 @@ def run(config: Config, out: Path, images: int) -> dict[str, Any]:
             arm(f"after_{steps}", f"student_{steps}", measured=steps == 1)
     order = ["before", "after_1", "after_2", "after_4", "teacher_1", "teacher_2", "teacher_4", REFERENCE]
     save_png(sheet([(_label(name), pictures[name]) for name in order], list(SHEET_PROMPTS)), out / "sheet.png")
-    return _report(found, images, train_seconds, trainer.step, out / "sheet.png")
-
-
-def spread(count: int, of: int) -> list[int]:
-    """`count` indices spread evenly over range(of)."""
-    return [i * of // count for i in range(count)]
+    return {
+        **_report(found, floor),
+        "n_images": images,
+        "n_real": len(judge.real),
+        "train_seconds": round(train_seconds, 1),
+        "train_steps": trainer.step,
+        "sheet": str(out / "sheet.png"),
+    }
 
 
 def _label(name: str) -> str:
@@ -112,33 +102,28 @@ def _label(name: str) -> str:
     return f"{'student after' if kind == 'after' else 'teacher'}, {steps} step{plural}"
 
 
-def _report(found: dict[str, Tensor], images: int, seconds: float, steps: int, sheet_path: Path) -> dict[str, Any]:
+def _report(found: dict[str, dict[str, float]], floor: dict[str, float]) -> dict[str, float]:
     """KID x 1e3 (unbiased; lead with it) and FID, on EfficientNet-Lite0 features."""
-    real, guided = found["real"], found[REFERENCE]
-    one, other = split(real, len(real) // 2)
-
-    def against(reference: Tensor, name: str) -> float:
-        return round(1e3 * kid(found[name], reference), 3)
-
-    return {
-        "kid_before": against(real, "before"),
-        "kid_after": against(real, "after_1"),
-        "kid_teacher": against(real, REFERENCE),
-        "kid_teacher_one_step": against(real, "teacher_1"),
-        "kid_to_teacher_before": against(guided, "before"),
-        "kid_to_teacher_after": against(guided, "after_1"),
-        "kid_to_teacher_of_teacher_one_step": against(guided, "teacher_1"),
-        "kid_to_teacher_of_teacher_two_steps": against(guided, "teacher_2"),
-        "kid_real_floor": round(1e3 * kid(one, other), 3),
-        "fid_before": round(fid(found["before"], real), 2),
-        "fid_after": round(fid(found["after_1"], real), 2),
-        "fid_teacher": round(fid(guided, real), 2),
-        "fid_real_floor": round(fid(one, other), 2),
-        "n_images": images,
-        "n_real": len(real),
-        "train_seconds": round(seconds, 1),
-        "train_steps": steps,
-        "sheet": str(sheet_path),
+    before, after = found["before"], found["after_1"]
+    kids = {
+        "kid_before": before["kid"],
+        "kid_after": after["kid"],
+        "kid_teacher": floor["teacher_kid"],
+        "kid_teacher_one_step": found["teacher_1"]["kid"],
+        "kid_to_teacher_before": before["kid_to_teacher"],
+        "kid_to_teacher_after": after["kid_to_teacher"],
+        "kid_to_teacher_of_teacher_one_step": found["teacher_1"]["kid_to_teacher"],
+        "kid_to_teacher_of_teacher_two_steps": found["teacher_2"]["kid_to_teacher"],
+        "kid_real_floor": floor["kid"],
+    }
+    fids = {
+        "fid_before": before["fid"],
+        "fid_after": after["fid"],
+        "fid_teacher": floor["teacher_fid"],
+        "fid_real_floor": floor["fid"],
+    }
+    return {name: round(value, 3) for name, value in kids.items()} | {
+        name: round(value, 2) for name, value in fids.items()
     }
 
 

@@ -1,0 +1,59 @@
+"""Real images with captions that generated ones are compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from tbcm.data.decoding import decode, decoded
+from tbcm.data.images import METADATA, CaptionedImages, open_images
+from tbcm.errors import UserError
+
+MJHQ_METADATA = "meta_data.json"
+
+
+def open_reference(folder: Path, size: int) -> CaptionedImages:
+    """A folder in MJHQ-30k's layout, or one that `tbcm.data.images` reads; images are made square, of `size` pixels."""
+    if (folder / MJHQ_METADATA).is_file():
+        return Mjhq(folder, size)
+    if folder.is_dir() and not any((folder / name).is_file() for name in METADATA):
+        raise UserError(
+            f"{folder}: has neither MJHQ-30k's {MJHQ_METADATA} nor a {METADATA[0]}; give --reference such a folder"
+        )
+    return open_images(str(folder), size)
+
+
+class Mjhq:
+    """The layout of MJHQ-30k: meta_data.json maps an id to its category and prompt, CATEGORY/ID.jpg is the image.
+
+    Raises:
+        UserError: the metadata cannot be read, or an image is missing.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        metadata = folder / MJHQ_METADATA
+        try:
+            rows = json.loads(metadata.read_text(encoding="utf-8"))
+            self._files = [folder / row["category"] / f"{name}.jpg" for name, row in rows.items()]
+            self.captions: Sequence[str] = [str(row["prompt"]).strip() for row in rows.values()]
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f'{metadata}: is not {{"ID": {{"category": ..., "prompt": ...}}, ...}} ({reason}); download it again'
+            ) from None
+        self._size = size
+        if missing := [file for file in self._files if not file.is_file()]:
+            raise UserError(
+                f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is {missing[0]};"
+                " unpack MJHQ-30k's images beside its metadata"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """See `CaptionedImages`."""
+        return decoded(lambda i: decode(self._files[i], self._size), indices)

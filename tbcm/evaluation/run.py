@@ -1,0 +1,194 @@
+"""An evaluation from its options to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tbcm.data.images import CaptionedImages
+from tbcm.data.prompts import digest, load_prompts
+from tbcm.emoji.dataset import SIZE
+from tbcm.errors import UserError
+from tbcm.evaluation import METRICS
+from tbcm.evaluation.agreement import relative_errors
+from tbcm.evaluation.clip import Clip
+from tbcm.evaluation.emoji import REAL_IMAGES, TEACHER_STEPS, EmojiJudge, middle, spread
+from tbcm.evaluation.generated import Generated, read
+from tbcm.evaluation.inception import Inception
+from tbcm.evaluation.photographs import PhotographJudge
+from tbcm.evaluation.references import open_reference
+from tbcm.evaluation.report import facts
+from tbcm.evaluation.speed import speed
+from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
+from tbcm.runtime import distributed
+
+DEFAULT_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `python -m tbcm.evaluate --help`."""
+
+    source: str
+    out: Path
+    steps: list[int]
+    teacher: bool = False
+    average: bool = True
+    agree_with: str | None = None
+    images: int | None = None
+    prompts: Path | None = None
+    column: str = "prompt"
+    reference: Path | None = None
+    metrics: list[str] | None = None
+    guidance: float | None = None
+    seed: int = 0
+    batch: int = 32
+    agreement_images: int = 200
+    inception: str | None = None
+    clip: str | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """For which prompts images are made and, on rank 0, their values and what to read these beside."""
+
+    prompts: list[str]
+    of: Callable[[list[Path]], dict[str, float]]
+    floor: Callable[[], dict[str, float]]
+
+
+def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
+    """Every rank calls it, and gets the report."""
+    subjects = open_subjects(
+        options.source,
+        device,
+        teacher=options.teacher,
+        average=options.average,
+        agree_with=options.agree_with,
+        batch=options.batch,
+    )
+    config = subjects.student.sampler.config
+    reference = None if options.reference is None else open_reference(options.reference, config.teacher.image_size)
+    emoji = subjects.emoji and options.prompts is None and reference is None
+    metrics = _metrics(options, emoji, reference, subjects.teacher is not None)
+    if emoji:
+        measure = _measure_emoji(options, subjects, metrics, device)
+    else:
+        measure = _measure_photographs(options, reference, metrics, config.teacher.image_size, device)
+    guidance = middle(config.method.guidance) if options.guidance is None else options.guidance
+    rows = [_row(options, subjects, measure, metrics, steps, guidance) for steps in options.steps]
+    return {
+        "source": {"path": options.source, **subjects.student.identity},
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "metrics": metrics,
+        "images": len(measure.prompts),
+        "prompts": digest(measure.prompts),
+        "guidance": guidance,
+        "results": rows,
+        "floor": distributed.run_on_main(measure.floor) if _of_images(metrics) else {},
+        "facts": facts(device),
+    }
+
+
+def _row(
+    options: Options, subjects: Subjects, measure: Measure, metrics: list[str], steps: int, guidance: float
+) -> dict[str, Any]:
+    """All values of images in so many steps."""
+    prompts, row = measure.prompts, {"steps": steps}
+
+    def generated(subject: Subject, prompts: list[str], steps: int) -> Generated:
+        return Generated(
+            subject.sampler,
+            subject.identity,
+            prompts,
+            steps=steps,
+            guidance=guidance,
+            seed=options.seed,
+            folder=options.out,
+        )
+
+    found: dict[str, float] = {}
+    if _of_images(metrics):
+        files = generated(subjects.student, prompts, steps).images()
+        found |= distributed.run_on_main(lambda: measure.of(files))
+    if "agreement" in metrics and subjects.teacher is not None:
+        count = min(options.agreement_images, len(prompts))
+        some = [prompts[i] for i in spread(count, len(prompts))]
+        ours = generated(subjects.student, some, steps).latents()
+        errors = relative_errors(ours, generated(subjects.teacher, some, TEACHER_STEPS).latents())
+        found |= {"agreement_error": errors.mean().item(), "agreement_spread": errors.std().item()}
+        found |= {"agreement_n": count}
+    if "speed" in metrics:
+        sampler, batch = subjects.student.sampler, options.batch
+        found |= distributed.run_on_main(lambda: speed(sampler, prompts, steps=steps, guidance=guidance, batch=batch))
+    return row | found
+
+
+def _of_images(metrics: list[str]) -> bool:
+    return bool({"distance", "text"} & set(metrics))
+
+
+def _metrics(options: Options, emoji: bool, reference: CaptionedImages | None, teacher: bool) -> list[str]:
+    """Those asked for, which must be possible, or those that are."""
+    lacking = {
+        "distance": None if emoji or reference else "real images: give --reference FOLDER",
+        "agreement": None if teacher else "the teacher: give --agree-with TEACHER (folder or hub id)",
+    }
+    if options.metrics is None:
+        return [name for name in METRICS if not lacking.get(name)]
+    for name in options.metrics:
+        if what := lacking.get(name):
+            raise UserError(f"--metrics {name} of {options.source} needs {what}")
+    return options.metrics
+
+
+def _measure_emoji(options: Options, subjects: Subjects, metrics: list[str], device: torch.device) -> Measure:
+    assert subjects.teacher is not None  # or nothing would say that these are emoji
+    images, text = options.images or DEFAULT_IMAGES, "text" in metrics
+    if not 2 <= images <= REAL_IMAGES:
+        raise UserError(f"--images {images}: give 2 to {REAL_IMAGES}, the number of real emoji that are shipped")
+    judge = EmojiJudge(subjects.teacher.sampler, images, cache=options.out / "cache", device=device)
+
+    def measure(files: list[Path]) -> dict[str, float]:
+        images = read(files, SIZE)
+        return judge(images) if text else judge.distances(images)
+
+    return Measure(judge.prompts, measure, lambda: {**judge.floor(), **(judge.text_floor() if text else {})})
+
+
+def _measure_photographs(
+    options: Options, reference: CaptionedImages | None, metrics: list[str], size: int, device: torch.device
+) -> Measure:
+    prompts = _prompts(options, reference)
+    judges: list[PhotographJudge] = []
+
+    def load() -> None:
+        if "distance" in metrics and reference is not None and len(reference) < 4:
+            raise UserError(f"--reference {options.reference}: has {len(reference)} images; give at least 4")
+        inception = Inception(options.inception, device) if "distance" in metrics else None
+        clip = Clip(options.clip, device) if "text" in metrics else None
+        cache = options.out / "cache"
+        judges.append(PhotographJudge(reference, options.reference, size, inception=inception, clip=clip, cache=cache))
+
+    # On rank 0 alone, which measures; before anything is generated, so that a missing file is found now.
+    distributed.run_on_main(load)
+    return Measure(prompts, lambda files: judges[0](files, prompts), lambda: judges[0].floor())
+
+
+def _prompts(options: Options, reference: CaptionedImages | None) -> list[str]:
+    """Evenly spread over the file's, or the reference's captions."""
+    found: Sequence[str]
+    if options.prompts is not None:
+        found = load_prompts(options.prompts, options.column, folder=options.out / "cache")
+    elif reference is not None:
+        found = reference.captions
+    else:
+        raise UserError(f"{options.source}: which prompts? give --prompts FILE, or --reference FOLDER of real images")
+    count = min(options.images or DEFAULT_IMAGES, len(found))
+    if count < 2:
+        raise UserError(f"{options.prompts or options.reference}: holds {count} prompt; give at least 2")
+    return [found[i] for i in spread(count, len(found))]

@@ -1,0 +1,61 @@
+"""Tensors that are made once and kept, under a name that says what they were made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tbcm.models.loading import Pipeline
+from tbcm.runtime.files import atomic_path
+
+Tensors = dict[str, Tensor]
+
+
+def stored(folder: Path | None, name: str, made_from: Mapping[str, Any], make: Callable[[], Tensors]) -> Tensors:
+    """`make()`, or what an earlier call kept in `folder` (None: nothing is kept) with the same `made_from` (JSON).
+
+    A damaged file is made again.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{name}-{key(made_from)}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError:
+            pass  # cut short by something that does not write atomically, such as an interrupted copy
+    tensors = make()
+    with atomic_path(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, _metadata(made_from))
+        part.chmod(0o644)  # safetensors lets only the owner read it
+    return tensors
+
+
+def key(made_from: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that tell mappings of JSON values apart."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _metadata(made_from: Mapping[str, Any]) -> dict[str, str]:
+    return {"made_from": json.dumps(made_from, sort_keys=True)}
+
+
+def fingerprint(pipeline: Pipeline) -> dict[str, Any]:
+    """What tells pipelines' images apart: the weights of a folder, the name and revision of a hub id."""
+    folder = Path(pipeline.location)
+    if not folder.is_dir():
+        return {"hub": pipeline.location, "revision": pipeline.revision}
+    files = sorted(file for part in ("transformer", "vae", "scheduler") for file in (folder / part).glob("*.*"))
+    return {"sha256": {str(file.relative_to(folder)): sha256(file) for file in files}}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

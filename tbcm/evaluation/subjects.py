@@ -1,0 +1,99 @@
+"""What is evaluated, and the teacher that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tbcm.build import build_teacher
+from tbcm.config import Config
+from tbcm.errors import UserError
+from tbcm.evaluation.stored import fingerprint, sha256
+from tbcm.generation import Sampler, open_sampler
+from tbcm.runtime import checkpoint, distributed
+from tbcm.runtime.checkpoint_files import MANIFEST
+from tbcm.student import Source, open_source
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A sampler, and what tells its images from others' (JSON): weights, and how text, time and latents are meant."""
+
+    sampler: Sampler
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """`teacher` is None where none is known. `emoji`: whether it is the shipped one."""
+
+    student: Subject
+    teacher: Subject | None
+    emoji: bool
+
+
+def open_subjects(
+    path: str, device: torch.device, *, teacher: bool, average: bool, agree_with: str | None, batch: int
+) -> Subjects:
+    """What is at `path` (`teacher`: the teacher there, in the student's place), and its teacher: a run's own,
+    `agree_with`, or a teacher itself. Every rank calls it."""
+    source = open_source(path)
+    # Before the weights are read: of a run that goes on, they may then be newer than said, never older.
+    identity = _identity(source, teacher=teacher, average=average)
+    sampler = open_sampler(path, teacher=teacher, average=average, device=device.type)
+    student = Subject(sampler, identity)
+    reference: Subject | None = None
+    if agree_with is not None:
+        other = open_source(agree_with)
+        reference = Subject(
+            open_sampler(agree_with, teacher=True, device=device.type), _identity(other, teacher=True, average=False)
+        )
+        if reference.sampler.shape != sampler.shape:
+            raise UserError(
+                f"--agree-with {agree_with}: its latents are {list(reference.sampler.shape)}, those of {path}"
+                f" {list(sampler.shape)}; give the teacher it was distilled from"
+            )
+        emoji = other.config.teacher.path == "emoji"
+    else:
+        emoji = source.config.teacher.path == "emoji"
+        if teacher:
+            reference = student
+        elif source.is_run:
+            net = build_teacher(source.config, device)
+            mine = Sampler(net, sampler.text, source.config, source.pipeline, teacher=True)
+            reference = Subject(mine, _identity(source, teacher=True, average=False))
+    for each in filter(None, (student, reference)):
+        each.sampler.batch = batch
+    return Subjects(student, reference, emoji)
+
+
+def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]:
+    config = source.config
+    decoded_by = distributed.run_on_main(lambda: fingerprint(source.pipeline))
+    if not source.is_run or teacher:
+        return {"teacher": teacher, "pipeline": decoded_by, **_meaning(config)}
+    newest = checkpoint.latest(source.path)
+    if newest is None:
+        raise UserError(f"{source.path}: the run has no checkpoint yet; wait for one, or evaluate its --teacher")
+    return {
+        "run": str(Path(source.path).resolve()),
+        "checkpoint": newest.name,
+        "manifest": sha256(newest / MANIFEST),
+        "weights": "ema" if average else "last",
+        "pipeline": decoded_by,
+        **_meaning(config),
+    }
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    """The parts of a configuration that decide what comes of weights, a prompt and noise."""
+    return {
+        "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens"}),
+        "null_mask": config.teacher.null_mask,
+        "image_size": config.teacher.image_size,
+        "t_max": config.teacher.t_max,
+        "sigma_data": config.method.sigma_data,
+    }
