@@ -73,11 +73,13 @@ def main() -> None:
     from tbcm.evaluation.report import UNITS, table
     from tbcm.evaluation.run import Options, evaluate
     from tbcm.runtime import distributed
+    from tbcm.runtime.allocator import reuse_freed_memory
     from tbcm.runtime.files import RunLock, write_json
     from tbcm.runtime.log import setup_logging
 
     device = distributed.init(device_type, timeout=timedelta(days=1))  # rank 0 measures, the others wait
     setup_logging()
+    reuse_freed_memory()
     options = Options(**arguments, average=average)
     lock = RunLock(options.out)
     distributed.run_on_main(lock.acquire)

@@ -63,7 +63,9 @@ def main() -> None:
 
     from tbcm.figures import style
     from tbcm.figures.subject import Request
+    from tbcm.runtime.allocator import reuse_freed_memory
 
+    reuse_freed_memory()
     request = Request(
         sources=tuple(arguments.sources),
         prompts=arguments.prompts,

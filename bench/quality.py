@@ -1,0 +1,166 @@
+"""What tables of quality compare: trainings ("arms"), each a configuration, at an equal number of optimised samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tbcm.config import Config, load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_IN_STEPS = (
+    "optimizer.warmup_steps",
+    "optimizer.cooldown_steps",
+    "method.r.warmup_steps",
+    "method.r.cooldown_start",
+    "method.r.cooldown_steps",
+    "ema.halflife_steps",
+)
+"""Settings that a shorter or longer run takes in proportion."""
+_NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
+"""Sections that change nothing of the student."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network that is measured: a trained student, or one that is not trained (`net`).
+
+    `change`: overrides of the configuration in configs/, as on a command line. `shares`: settings in steps, given as
+    shares of the run's steps. Arms with the same resolved configuration are one training, whatever they are called.
+    """
+
+    name: str
+    what: str
+    config: str = "emoji.yaml"
+    change: tuple[str, ...] = ()
+    shares: tuple[tuple[str, float], ...] = ()
+    net: str = "trained"  # or "teacher", "untrained"
+
+    @property
+    def trained(self) -> bool:
+        return self.net == "trained"
+
+
+def _cooled(final: float) -> Arm:
+    # The paper cools r down from step 15,000 to 17,000 of 20,000; the warm-up is the recipe's own, as in all arms.
+    shares = (("method.r.cooldown_start", 0.75), ("method.r.cooldown_steps", 0.1))
+    what = f"r warms up to 1 and cools down to {final:g} between 75 % and 85 % of the steps"
+    return Arm(f"r_{final:g}", what, change=(f"method.r.final={final}",), shares=shares)
+
+
+def _route(kind: str) -> Arm:
+    return Arm(f"route_{kind}", f"{kind} routes", change=(f"method.route.kind={kind}",))
+
+
+def _points(points: int) -> Arm:
+    return Arm(f"points_{points}", f"routes of {points} points", change=(f"method.route.points={points}",))
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("tbcm", "TBCM as configs/emoji.yaml has it"),
+        Arm("scm", "sCM on the real images", "emoji_scm.yaml"),
+        Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "emoji_sprint.yaml"),
+        _route("random"),
+        _route("logit_normal"),
+        _route("reference"),
+        _points(8),
+        _points(12),
+        _points(16),
+        _points(20),
+        _cooled(0.25),
+        _cooled(0.5),
+        _cooled(0.75),
+        Arm("r_1", "r warms up to 1 and stays", change=("method.r.final=1.0", "method.r.cooldown_start=null")),
+        Arm(
+            "r_0.75_warmup",
+            "r warms up straight to 0.75",
+            change=("method.r.final=0.75", "method.r.cooldown_start=null"),
+        ),
+        Arm("untrained", "the student before training", net="untrained"),
+        Arm("teacher", "the guided teacher", net="teacher"),
+    )
+}
+
+
+def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> Config:
+    """The run of an arm that optimises about `budget` samples.
+
+    A step optimises as many samples as the configuration file says (an arm with other routes takes other numbers of
+    prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
+    """
+    path = CONFIGS / arm.config
+    base, changed = load_config(path), load_config(path, arm.change)
+    prompts = changed.train.prompts_per_step
+    if prompts == base.train.prompts_per_step:
+        prompts = max(1, round(prompts * samples_per_prompt(base) / samples_per_prompt(changed)))
+    steps = max(1, round(budget / (prompts * samples_per_prompt(changed))))
+    schedule: dict[str, Any] = {
+        key: _scaled(changed, key, steps / changed.train.steps)
+        for key in _IN_STEPS
+        if _setting(changed, key) and not (key == "method.r.cooldown_steps" and changed.method.r.cooldown_start is None)
+    }
+    schedule |= {key: max(1, round(share * steps)) for key, share in arm.shares}
+    return load_config(
+        path,
+        [
+            *arm.change,
+            *(f"{key}={value}" for key, value in schedule.items()),
+            f"out={out}",
+            f"train.seed={seed}",
+            f"train.steps={steps}",
+            f"train.prompts_per_step={prompts}",
+            "train.max_minutes=null",
+            "log.preview_every=0",
+            f"log.every={max(1, min(10, steps // 8))}",
+            f"checkpoint.every={max(1, steps // 8)}",
+            "checkpoint.keep_last=1",
+        ],
+    )
+
+
+def samples_per_prompt(config: Config) -> int:
+    """Of the points of a route all but the first train (it has weight 0 at t = pi/2); a baseline trains an image at one
+    time."""
+    return config.method.route.points - 1 if config.method.name == "tbcm" else 1
+
+
+def samples(config: Config) -> int:
+    """That a run optimises."""
+    return config.train.steps * config.train.prompts_per_step * samples_per_prompt(config)
+
+
+def stated(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the result, but for the seed, where it differs from the defaults."""
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    for section in _NO_MATTER:
+        tree.pop(section, None)
+    tree.get("train", {}).pop("seed", None)
+    return tree
+
+
+def recipe(arm: Arm, config: Config) -> str:
+    """Eight digits that are equal for arms with the same result at equal seeds. A changed default is not noticed: what
+    matters is to be stated in the configuration's file."""
+    tree = stated(config)
+    if not arm.trained:
+        guidance = config.method.guidance
+        tree = {"net": arm.net, "teacher": tree["teacher"], "text": tree.get("text"), "guidance": guidance}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _setting(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _scaled(config: Config, key: str, by: float) -> float:
+    """A number of steps stays a whole one, and at least 1."""
+    value = _setting(config, key)
+    return max(1, round(value * by)) if isinstance(value, int) else value * by

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import quality
+import quality_runs
+import quality_tables
+import table_report
+import table_tuning
+import tables
+import torch
+from bench_process import bench
+from quality import ARMS, Arm
+from quality_emoji import EmojiRunner
+from quality_runs import Results, Run
+from table_statistics import REPRODUCED, REVERSED
+
+from tbcm.config import load_config
+from tbcm.errors import UserError
+from tbcm.runtime.files import RunLock
+
+BUDGET = 9600
+FLOOR = {"n": 10, "kid": 0.1, "fid": 20.0, "teacher_kid": 100.0, "teacher_fid": 150.0}
+FLOOR |= {"teacher_text_cosine": 0.3, "heldout_text_cosine": 0.4}
+
+
+class FakeRunner:
+    """Counts, and "measures" a number that depends on the arm and a little on the seed."""
+
+    def __init__(self, kid: dict[str, float] | None = None, stop_at: str = "", fail_at: str = "") -> None:
+        self.kid, self.stop_at, self.fail_at = kid or {}, stop_at, fail_at
+        self.trained: list[str] = []
+        self.measured: list[tuple[str, int]] = []
+        self.floor = FLOOR
+
+    def train(self, run: Run) -> float:
+        if run.name == self.stop_at:
+            raise KeyboardInterrupt
+        if run.name == self.fail_at:
+            raise UserError("loss was not finite")
+        self.trained.append(run.name)
+        return 60.0
+
+    def measure(self, run: Run, steps: int) -> dict[str, float]:
+        self.measured.append((run.name, steps))
+        kid = self.kid.get(run.arm.name, 5.0) + 0.1 * run.seed
+        same = {"fid": kid, "kid_to_teacher": kid, "fid_to_teacher": kid, "agreement_error": kid, "text_cosine": -kid}
+        return {"kid": kid, **same, "evaluate_seconds": 1.0}
+
+
+def runs_of_tables(*numbers: int, seeds: range = range(2), folder: Path = Path("unused")) -> list[Run]:
+    wanted = [(ARMS[line.arm], line.steps, n) for n in numbers for line in quality_tables.TABLES[n].lines]
+    return quality_runs.runs_of(wanted, seeds, BUDGET, folder)
+
+
+def test_arms_that_tables_share_are_one_run() -> None:
+    names = {number: {run.name for run in runs_of_tables(number)} for number in quality_tables.TABLES}
+    together = runs_of_tables(2, 4, 5, 6, 7)
+    assert len({run.recipe for run in together}) == 14  # 12 trainings, the teacher, the untrained student
+    assert len(together) == 2 * 14 < sum(map(len, names.values()))
+    (shared,) = [run for run in together if run.seed == 1 and run.recipe == recipe("tbcm")]
+    assert shared.tables == (2, 4, 5, 6, 7) and shared.samplings == (1, 2, 4)
+    assert recipe("tbcm") == recipe("points_16") == recipe("route_reference") == recipe("r_1")
+    assert [run.seed for run in together] == [0] * 14 + [1] * 14  # a whole seed first: pairs come early
+
+
+def recipe(arm: str, budget: int = BUDGET) -> str:
+    return quality.recipe(ARMS[arm], quality.config_of(ARMS[arm], 3, budget, "anywhere"))
+
+
+def test_a_recipe_is_what_decides_the_result() -> None:
+    assert recipe("tbcm") != recipe("tbcm", 4800) != recipe("scm", 4800)
+    assert recipe("teacher") == recipe("teacher", 4800) != recipe("untrained")  # no training in it
+
+
+@pytest.mark.parametrize("budget", [480, 9600, 120_000])
+def test_arms_optimise_the_same_number_of_samples(budget: int) -> None:
+    configs = {name: quality.config_of(arm, 0, budget) for name, arm in ARMS.items() if arm.trained}
+    for name, config in configs.items():
+        a_step = quality.samples(config) / config.train.steps
+        assert abs(a_step - 120) <= 6, name
+        assert abs(quality.samples(config) - budget) <= a_step / 2, name
+    assert [configs[f"points_{n}"].train.prompts_per_step for n in (8, 12, 16, 20)] == [17, 11, 8, 6]
+
+
+def test_schedules_keep_their_share_of_the_run() -> None:
+    whole = load_config(quality.CONFIGS / "emoji.yaml")
+    tenth = quality.config_of(ARMS["r_0.5"], 0, whole.train.steps * 120 // 10)
+    steps = tenth.train.steps
+    assert steps == whole.train.steps // 10
+    assert tenth.method.r.warmup_steps == round(whole.method.r.warmup_steps / 10)
+    assert tenth.ema.halflife_steps == pytest.approx(whole.ema.halflife_steps / 10)
+    # the paper's 15,000 and 2,000 of 20,000
+    assert (tenth.method.r.cooldown_start, tenth.method.r.cooldown_steps) == (0.75 * steps, 0.1 * steps)
+    straight = quality.config_of(ARMS["r_0.75_warmup"], 0, BUDGET).method.r
+    assert straight.final == 0.75 and straight.cooldown_start is None
+
+
+def test_finished_runs_are_not_repeated_and_interrupted_ones_are(tmp_path: Path) -> None:
+    results, runs = Results("tables", tmp_path / "out", 10), runs_of_tables(4, folder=tmp_path / "runs")
+    first = FakeRunner(stop_at="route_random, seed 1")
+    with pytest.raises(KeyboardInterrupt):
+        quality_runs.do(runs, results, first)
+    assert first.trained == [run.name for run in runs[:3]]
+    second = FakeRunner()
+    assert quality_runs.do(runs, results, second) == []
+    assert second.trained == [run.name for run in runs[3:]]
+    again = FakeRunner()
+    assert quality_runs.do(runs, results, again) == [] and again.trained == again.measured == []
+    # Another number of images is another measurement.
+    assert results.missing(runs[0]) == [] and Results("tables", tmp_path / "out", 11).missing(runs[0]) == [1]
+    # What another table asks beyond that is measured of the same runs.
+    asked = FakeRunner()
+    quality_runs.do(runs_of_tables(2, 4, folder=tmp_path / "runs"), results, asked)
+    shared = next(run for run in runs if run.recipe == recipe("tbcm"))
+    assert ("tbcm, seed 0", 2) in asked.measured and ("tbcm, seed 0", 1) not in asked.measured
+    rows = results.rows()
+    assert {"bench", "table", "row", "seed", "metric", "value", "arm", "model", "gpu", "cpu", "torch"} <= rows[0].keys()
+    assert sum(row["metric"] == "kid" and row["recipe"] == shared.recipe for row in rows) == 2 * 3
+
+
+def test_figures_without_their_last_row_are_not_a_finished_run(tmp_path: Path) -> None:
+    results, (run, *_) = Results("tables", tmp_path, 10), runs_of_tables(4)
+    results.add(run, 1, {"kid": 1.0, "evaluate_seconds": 1.0})
+    assert results.missing(run) == []
+    path = tmp_path / "tables.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert results.missing(run) == [1]
+    results.add(run, 1, {"kid": 2.0, "evaluate_seconds": 1.0})
+    assert [row["value"] for row in results.rows() if row["metric"] == "kid"] == [2.0]
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[Run]:
+    """A run that another process is at."""
+    run = runs_of_tables(4, folder=tmp_path / "runs")[1]
+    folder = Path(run.config.out).parent
+    code = f"from tbcm.runtime.files import RunLock\nwith RunLock({str(folder)!r}):\n  print(flush=True)\n  input()"
+    root = Path(quality.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    yield run
+    process.communicate(b"\n")
+
+
+def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path, held: Run) -> None:
+    runs, runner = runs_of_tables(4, folder=tmp_path / "runs"), FakeRunner(fail_at="route_random, seed 1")
+    problems = quality_runs.do(runs, Results("tables", tmp_path / "out", 10), runner)
+    assert len(problems) == 2
+    assert problems[0].startswith(f"{held.name}: ") and "is in use by process" in problems[0]
+    assert problems[1] == "route_random, seed 1: loss was not finite"
+    assert len(runner.trained) == len(runs) - 2
+    with RunLock(Path(runs[0].config.out).parent):  # and nothing stays locked
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kid", "decided"),
+    [
+        ({"route_reference": 3.0, "tbcm": 3.0, "route_logit_normal": 4.0, "route_random": 5.0}, REPRODUCED),
+        ({"route_reference": 3.0, "tbcm": 3.0, "route_logit_normal": 6.0, "route_random": 5.0}, REVERSED),
+    ],
+)
+def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
+    results, table = Results("tables", tmp_path / "out", 10), quality_tables.TABLES[4]
+    runs = runs_of_tables(4, seeds=range(3), folder=tmp_path / "runs")
+    quality_runs.do(runs, results, FakeRunner(kid))
+    text = table_report.markdown(table, table_report.Figures(results.rows(), BUDGET, range(4)), 10, results.floor(), {})
+    # 5, 5.1, 5.2: deviation 0.1, half width 4.303 * 0.1 / sqrt(3)
+    assert "| random | 5.10 ± 0.100 [4.85, 5.35], n = 3 |" in text
+    assert "| 9,600 |" in text or "| 9600 |" in text
+    assert f"The paper's order by FID, by our KID x 1e3: **{decided}**" in text
+    assert "Not measured yet: random (seed 3); logit-normal (seed 3); reference route (seed 3)." in text
+    assert "10 real images against as many others" in text
+
+
+def test_the_gap_that_is_closed(tmp_path: Path) -> None:
+    results, table = Results("tables", tmp_path / "out", 10), quality_tables.TABLES[2]
+    kid = {"untrained": 70.0, "teacher": 0.0, "tbcm": 7.0}
+    quality_runs.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
+    figures = table_report.Figures(results.rows(), BUDGET, range(3))
+    lines = (table.line(label) for label in ("TBCM, 1 step", "untrained student, 1 step", "teacher, 20 steps"))
+    share = table_report.gap_closed(*lines, figures, "kid")
+    assert share and share.mean == pytest.approx(0.9) and share.n == 3
+
+
+def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
+    grids = [table_tuning.grid(method) for method in table_tuning.METHODS]
+    assert len({tuple(arm.what for arm in grid) for grid in grids}) == 1 and len(grids[0]) == 7
+    for grid in grids:
+        configs = [quality.config_of(arm, 0, BUDGET) for arm in grid]
+        assert len({quality.recipe(arm, config) for arm, config in zip(grid, configs, strict=True)}) == 7
+        assert all(abs(quality.samples(config) - BUDGET) <= 120 for config in configs)
+        assert configs[2].optimizer.lr == pytest.approx(9 * configs[1].optimizer.lr, rel=1e-2)
+        assert configs[3].train.steps == 4 * configs[4].train.steps
+    results, arms = (
+        Results("tuning", tmp_path / "out", 10),
+        [*grids[0][:2], table_tuning.attempt("tbcm", ["ema.ramp_up=null"])],
+    )
+    runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100, 101], BUDGET, tmp_path / "runs")
+    quality_runs.do(runs, results, FakeRunner({"tbcm: lr / 3": 4.0}))
+    lines = table_tuning.markdown(results.rows(), "tbcm", 10).splitlines()
+    tried = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("|")][2:]
+    assert tried[0] == "lr / 3" and set(tried) == {"lr / 3", "recipe", "ema.ramp_up=null"}
+
+
+def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of one prompt of the emoji teacher, measured on four images."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    change = ("train.prompts_per_step=1", "method.route.points=4")
+    arms = [Arm("quick", "", change=change), ARMS["untrained"]]
+    monkeypatch.setattr(EmojiRunner, "judge", property(lambda self: Judge(self)))
+    results = Results("tables", tmp_path / "out", 4)
+    runs = quality_runs.runs_of([(arm, 1, 4) for arm in arms], [0], 6, tmp_path / "runs")
+    runner = EmojiRunner(runs[0].config, 4, tmp_path / "references", torch.device("cpu"))
+    assert quality_runs.do(runs, results, runner) == []
+    assert checkpoint_steps(runs[0]) == [2]
+    values = {(row["arm"], row["metric"]): row["value"] for row in results.rows()}
+    assert values["quick", "agreement_error"] > 0 and values["quick", "train_seconds"] > 0
+    assert values["quick", "kid"] != values["untrained", "kid"]  # it was the trained student that was measured
+    (trained,) = [row for row in results.rows() if row["metric"] == "train_seconds"]
+    assert trained["samples"] == 6 and trained["training_steps"] == 2
+    assert trained["config"]["method"]["route"]["points"] == 4
+
+
+class Judge:
+    """The emoji judge without its references, which take minutes."""
+
+    def __init__(self, runner: EmojiRunner) -> None:
+        self.prompts = ["red panda, noto", "pizza, fluent", "red heart, noto", "rocket, fluent flat"]
+
+    def __call__(self, images: torch.Tensor) -> dict[str, float]:
+        assert images.shape == (4, 3, 64, 64) and images.dtype == torch.uint8
+        return {"kid": images.double().mean().item()}
+
+    def floor(self) -> dict[str, float]:
+        return FLOOR
+
+    def text_floor(self) -> dict[str, float]:
+        return {}
+
+
+def checkpoint_steps(run: Run) -> list[int]:
+    return [int(path.name[5:]) for path in (Path(run.config.out) / "checkpoints").glob("step-*")]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    results = Results("tables", tmp_path, 2000)
+    quality_runs.do(runs_of_tables(4, 7, seeds=range(2), folder=tmp_path / "runs"), results, FakeRunner())
+    done = bench("tables.py", "--report", "--table", "3", "4", "7", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "### Table 7" in done.stdout and "Not measured yet" in done.stdout
+    assert (tmp_path / "table-4.md").read_text().strip() in done.stdout
+    assert all(json.loads(line)["bench"] == "tables" for line in (tmp_path / "tables.jsonl").read_text().splitlines())
+
+
+def test_unknown_arms_are_one_line(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(only=["scm"], budget=BUDGET, runs=tmp_path)
+    with pytest.raises(UserError, match="--only 'scm': no arm of these; choose from 'route_random'"):
+        tables._do([(ARMS["route_random"], 1, 4)], range(1), Results("tables", tmp_path, 10), arguments, FakeRunner())
