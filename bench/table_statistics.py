@@ -1,4 +1,4 @@
-"""Means over seeds, and what they decide: Student's t without a library, and a verdict of three ways."""
+"""Means over seeds, and what they decide: t-intervals, and a verdict of three ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.stats import t
 
 REPRODUCED, NOT_RESOLVED, REVERSED = "reproduced", "not resolved", "reversed"
 
@@ -38,7 +40,7 @@ def summary(values: Sequence[float]) -> Summary:
             raise ValueError("no values to summarise")
         return Summary(n, mean)
     deviation = statistics.stdev(values)
-    return Summary(n, mean, deviation, t_quantile(0.975, n - 1) * deviation / math.sqrt(n))
+    return Summary(n, mean, deviation, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n))
 
 
 def paired(better: Mapping[int, float], worse: Mapping[int, float]) -> Summary | None:
@@ -61,25 +63,3 @@ def together(verdicts: Sequence[str]) -> str:
     if REVERSED in verdicts:
         return REVERSED
     return REPRODUCED if all(each == REPRODUCED for each in verdicts) else NOT_RESOLVED
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t with a whole number of degrees of freedom, for probabilities from 0.5 up."""
-    if not 0.5 <= probability < 1 or freedom < 1:
-        raise ValueError(f"no quantile of t at {probability} with {freedom} degrees of freedom")
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), in which the distribution is a finite sum
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if 0.5 + _within(middle, freedom) / 2 < probability else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|t| < tan(angle) sqrt(freedom)) (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    sin, cos = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cos if odd else 1.0), 0.0
-    for k in range(odd + 1, freedom, 2):
-        total += term
-        term *= cos * cos * k / (k + 1)
-    return 2 / math.pi * (angle + sin * total) if odd else sin * total

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import quality_tables
-from scipy import stats
 from table_statistics import (
     NOT_RESOLVED,
     REPRODUCED,
@@ -12,20 +11,9 @@ from table_statistics import (
     Summary,
     paired,
     summary,
-    t_quantile,
     together,
     verdict,
 )
-
-
-def test_quantiles_of_t() -> None:
-    assert t_quantile(0.975, 1) == pytest.approx(math.tan(0.475 * math.pi))
-    p = 0.95
-    assert t_quantile(0.975, 2) == pytest.approx(p * math.sqrt(2 / (1 - p * p)))
-    for freedom in (3, 4, 5, 8, 31):
-        assert t_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
-    with pytest.raises(ValueError, match="no quantile"):
-        t_quantile(0.975, 0)
 
 
 def test_interval_of_two_values_in_closed_form() -> None:
