@@ -20,6 +20,9 @@ _IN_STEPS = (
     "ema.halflife_steps",
 )
 """Settings that a shorter or longer run takes in proportion."""
+_WARM_UPS = (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))
+"""Shares of a run, the same for all arms, instead of the recipes' tenth and fiftieth: a run of a table has a tenth of
+their steps, and what it must not do in few steps, it must not do in a few hundredths of few steps either."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
@@ -104,7 +107,9 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
         for key in _IN_STEPS
         if _setting(changed, key) and not (key == "method.r.cooldown_steps" and changed.method.r.cooldown_start is None)
     }
-    schedule |= {key: max(1, round(share * steps)) for key, share in arm.shares}
+    given = {each.partition("=")[0] for each in arm.change}
+    shares = [*(each for each in _WARM_UPS if each[0] not in given), *arm.shares]
+    schedule |= {key: max(1, round(share * steps)) for key, share in shares}
     return load_config(
         path,
         [

@@ -49,7 +49,7 @@ class EmojiRunner:
         started = time.monotonic()
         sampler, seed = self._sampler(run), NOISE_SEED + run.seed
         figures = self.judge(sampler(self.judge.prompts, steps=steps, seed=seed))
-        errors = relative_errors(sampler.latents(self._few_prompts, steps=steps, seed=seed), few)
+        errors = relative_errors(sampler.latents(self._few_prompts, steps=steps, seed=seed).cpu(), few)
         return {
             **figures,
             "agreement_error": errors.mean().item(),
@@ -88,7 +88,7 @@ class EmojiRunner:
             latents = self.teacher.latents(
                 self._few_prompts, steps=TEACHER_STEPS, guidance=guidance, seed=NOISE_SEED + seed
             )
-            return {"latents": latents}
+            return {"latents": latents.cpu()}
 
         made_from = {
             "teacher": fingerprint(self.teacher.pipeline),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import quality
+import torch
 from quality import Arm
 from rows import Row, append
 from tqdm import tqdm
@@ -59,13 +60,18 @@ def runs_of(wanted: Iterable[Wanted], seeds: Sequence[int], budget: int, folder:
 
 
 class Results:
-    """The rows of a bench: a row a figure, `row` = (recipe, seed, steps of sampling, images, metric)."""
+    """The rows of a bench: a row a figure, `row` = (recipe, seed, steps of sampling, images, metric).
 
-    def __init__(self, bench: str, folder: Path, images: int) -> None:
-        self.bench, self.folder, self.images = bench, folder, images
+    A GPU's and a CPU's are never mixed: their generators draw other numbers from a seed, and their times have nothing
+    in common.
+    """
+
+    def __init__(self, bench: str, folder: Path, images: int, device: torch.device) -> None:
+        self.bench, self.folder, self.images, self.device = bench, folder, images, device.type
 
     def rows(self) -> list[Row]:
-        """Of this number of images (or of none); a figure that was written twice counts as written last."""
+        """Of this kind of device and this number of images (or of none); a figure that was written twice counts as
+        written last."""
         path = self.folder / f"{self.bench}.jsonl"
         if not path.is_file():
             return []
@@ -74,7 +80,7 @@ class Results:
         last = {
             (row["recipe"], row["seed"], row["sampling_steps"], row["metric"]): row
             for row in rows
-            if row.get("images") in (None, self.images)
+            if row["device"] == self.device and row.get("images") in (None, self.images)
         }
         return list(last.values())
 
@@ -123,7 +129,8 @@ class Results:
     ) -> None:
         """One figure. `more`: sampling_steps, images and what else is to be told of it."""
         row: Row = {"table": list(tables), "row": arm, "arm": arm, "model": "emoji", "recipe": recipe, "seed": seed}
-        row |= {"sampling_steps": None, "images": None, "metric": metric, "value": value, **more}
+        row |= {"shape": [3, 64, 64], "device": self.device, "sampling_steps": None, "images": None}
+        row |= {"metric": metric, "value": value, **more}
         append(self.bench, row, self.folder)
 
 

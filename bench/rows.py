@@ -20,7 +20,8 @@ Row = dict[str, Any]
 
 def append(bench: str, row: Mapping[str, Any], folder: Path) -> Row:
     """Adds machine, versions, commit and date, and appends the row to `folder`/`bench`.jsonl."""
-    complete = {"bench": bench, **row, **facts()}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ")
+    complete = {"bench": bench, **row, **facts(), "date": date}
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{bench}.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(complete) + "\n")
@@ -29,14 +30,13 @@ def append(bench: str, row: Mapping[str, Any], folder: Path) -> Row:
 
 @cache
 def facts() -> Row:
-    """Where and when a row was measured."""
+    """Where a row was measured, and by which code."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": f"{_cpu()} ({torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
     }
 
 

@@ -44,15 +44,16 @@ def measure(budget: int, results: Results, device: torch.device) -> None:
         with freed(device):
             account = memory.measured if device.type == "cuda" else memory.accounted
             gib = account("fast", configs[name], device)["peak_gib"]
-            results.add_row([3], name, recipes[name], None, "peak_gib", gib)
+            counted = device.type != "cuda"
+            results.add_row([3], name, recipes[name], None, "peak_gib", gib, accounted=counted)
     for name in tqdm(METHODS, desc=SANA, unit="method", disable=None):
         if (SANA, f"{name}_gib") not in found:
             config = arms.config(SANA, "published", name, SANA_BATCH, 16, torch.device("cuda"))
             with freed(device):
                 gib = memory.accounted("published", config, torch.device("cpu"))["peak_gib"]
                 tflop = flops_of(config) / 1e12 / SANA_BATCH
-            results.add_row([3], name, SANA, None, f"{name}_tflop", tflop, model=SANA)
-            results.add_row([3], name, SANA, None, f"{name}_gib", gib, model=SANA)
+            results.add_row([3], name, SANA, None, f"{name}_tflop", tflop, model=SANA, accounted=True)
+            results.add_row([3], name, SANA, None, f"{name}_gib", gib, model=SANA, accounted=True)
 
 
 def _times(configs: dict[str, Config], device: torch.device) -> dict[str, list[float]]:
@@ -66,25 +67,20 @@ def _times(configs: dict[str, Config], device: torch.device) -> dict[str, list[f
     return {name: [s / one.trainer.samples_per_step for s in one.seconds] for name, one in ready.items()}
 
 
-def markdown(budget: int, results: Results, trainings: dict[str, list[float]]) -> str:
-    """`trainings`: seconds of the trainings of Table 2, by method, for comparison."""
+def markdown(budget: int, results: Results) -> str:
     recipes, found = _recipes(budget), {(row["recipe"], row["metric"]): row for row in results.rows()}
     times = {name: found.get((recipes[name], "seconds_a_sample")) for name in METHODS}
     gib = {name: found.get((recipes[name], "peak_gib")) for name in METHODS}
     if not all(times.values()) or not all(gib.values()):
         return "### Table 3: what a sample costs\n\nNot measured yet."
     of_sana = {name: [found.get((SANA, f"{name}_{what}")) for what in ("tflop", "gib")] for name in METHODS}
-    rows = [
-        _row(name, budget, times, gib, of_sana, trainings.get(name, []), found[recipes[name], "peak_gib"])
-        for name in METHODS
-    ]
+    rows = [_row(name, budget, times, gib, of_sana, found[recipes[name], "peak_gib"]) for name in METHODS]
     headings = {
         "method": "method",
         "ms": "ms a sample",
         "time": "ratio to sCM",
         "samples": "samples",
         "minutes": "minutes in all",
-        "trained": "minutes of the trainings of Table 2",
         "gib": "peak GiB",
         "memory": "ratio to sCM ",
         "sana_tflop": "Sana-0.6B: TFLOP a sample",
@@ -113,7 +109,6 @@ def _row(
     times: dict[str, Row | None],
     gib: dict[str, Row | None],
     of_sana: dict[str, list[Row | None]],
-    trainings: list[float],
     own: Row,
 ) -> Row:
     here, base = times[name], times["scm"]
@@ -125,7 +120,6 @@ def _row(
         "time": f"{ratio:.2f} ({low:.2f} to {high:.2f})",
         "samples": budget,
         "minutes": here["value"] * budget / 60,
-        "trained": statistics.fmean(trainings) / 60 if trainings else None,
         "gib": own["value"],
         "memory": own["value"] / gib["scm"]["value"],
         "paper": "{} ({:.2f}), {} ({:.2f}), {} ({:.2f})".format(

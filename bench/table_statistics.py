@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t
+from tbcm.errors import UserError
 
 REPRODUCED, NOT_RESOLVED, REVERSED = "reproduced", "not resolved", "reversed"
 
@@ -39,6 +39,10 @@ def summary(values: Sequence[float]) -> Summary:
         if not n:
             raise ValueError("no values to summarise")
         return Summary(n, mean)
+    try:
+        from scipy.stats import t
+    except ModuleNotFoundError:
+        raise UserError("tables of several seeds need scipy: pip install tbcm[bench]") from None
     deviation = statistics.stdev(values)
     return Summary(n, mean, deviation, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n))
 

@@ -60,12 +60,14 @@ def parse() -> argparse.Namespace:
         raise UserError("--seeds and --budget should be at least 1, --images from 2 to 2400")
     if arguments.attempt and not arguments.tune:
         raise UserError("--try belongs to --tune METHOD")
+    if arguments.report and (arguments.only or arguments.attempt):
+        raise UserError("--report runs nothing: leave out --only and --try")
     return arguments
 
 
 def tables(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     """Does what is missing, and writes the tables. Returns what was left out."""
-    results = Results("tables", arguments.out, arguments.images)
+    results = Results("tables", arguments.out, arguments.images, device)
     seeds, numbers, budget = range(arguments.seeds), sorted(set(arguments.table)), arguments.budget
     problems: list[str] = []
     if not arguments.report:
@@ -86,9 +88,7 @@ def tables(arguments: argparse.Namespace, device: torch.device) -> list[str]:
 def _table(number: int, figures: table_report.Figures, results: Results, budget: int) -> str:
     methods = TABLES[2]
     if number == 3:
-        lines = {name: next(line for line in methods.lines if line.arm == name) for name in table_costs.METHODS}
-        trainings = {name: list(figures.of(line, "train_seconds").values()) for name, line in lines.items()}
-        return table_costs.markdown(budget, results, trainings)
+        return table_costs.markdown(budget, results)
     if number != 2:
         return table_report.markdown(TABLES[number], figures, results.images, results.floor(), {})
     students = [f"{name}, 1 step" for name in ("sCM", "Sana-Sprint", "TBCM")]
@@ -102,7 +102,7 @@ def _table(number: int, figures: table_report.Figures, results: Results, budget:
 
 
 def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
-    results = Results("tuning", arguments.out, arguments.images)
+    results = Results("tuning", arguments.out, arguments.images, device)
     method, problems = arguments.tune, []
     if not arguments.report:
         change = arguments.attempt

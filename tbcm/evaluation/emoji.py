@@ -21,7 +21,8 @@ from tbcm.evaluation.stored import fingerprint, key, sha256, stored
 from tbcm.generation import Sampler
 from tbcm.models.text import MiniLMEncoder
 
-TEACHER_STEPS, TEACHER_SEED = 20, 1
+TEACHER_STEPS, TEACHER_SEED = 20, 2**31 - 1
+"""Of the samples that students are compared with: a seed that nobody gives a student."""
 FEATURES = "efficientnet-lite0"
 RIDGE = 1.0  # of 0.1 to 100 the one with the highest cosine on held-out real images
 REAL_IMAGES = 2400  # that are shipped
@@ -36,8 +37,8 @@ class EmojiJudge:
     `floor`, not with published values. KID is unbiased; FID is biased upwards, the more the fewer images: compare it
     at equal `images` only. What is expensive is made when it is first asked for.
 
-    The teacher's samples (20 steps, the middle guidance of its configuration) have noise of their own, seed 1, so that
-    a student given seed 0 is compared with the teacher's distribution and not with the very samples.
+    The teacher's samples (20 steps, the middle guidance of its configuration) have noise of their own, so that a
+    student is compared with the teacher's distribution and not with the very samples.
 
     Args:
         teacher: a Sampler of the teacher (`teacher=True`).
@@ -58,25 +59,29 @@ class EmojiJudge:
         rows = json.loads((_ASSETS / "real.json").read_text(encoding="utf-8"))["images"]
         self.captions = [row["caption"] for row in rows]
         self.held_out = torch.tensor([row["held_out"] for row in rows])
-        self.prompts = [self.captions[i] for i in spread(images, len(rows))]
+        chosen = spread(images, len(rows))
+        self.prompts = [self.captions[i] for i in chosen]
+        self._unseen = self.held_out[chosen]  # of `prompts`, which have held-out captions
         self.teacher, self.cache, self.device = teacher, cache, torch.device(device)
 
     def __call__(self, images: Tensor) -> dict[str, float]:
-        """`distances` and, of the same images,
+        """`distances` and, of those of the images whose captions are held out (none, if these are fewer than two),
 
         text_cosine: with the own caption, in the space of MiniLM's sentence embeddings, to which a ridge map fitted on
             the real images that are not held out brings the images' features; text_cosine_wrong: with the others'
-            captions; text_top1: the share whose own caption is the nearest of all of `prompts` (by chance 1 / n).
+            captions; text_top1: the share whose own caption is the nearest of these (by chance 1 / n).
             Compare them at equal n, and with `text_floor`.
         """
         found = self._features(images)
-        return {**self._distances(found), **self._alignment(found, self.prompts)}
+        return {**self._distances(found), **self._alignment(found)}
 
     def distances(self, images: Tensor) -> dict[str, float]:
         """Of images [n, 3, 64, 64] uint8 for `prompts`, in their order:
 
         kid, fid: to the real images (twice as many as there are prompts, or all 2,400); KID times 1e3.
         kid_to_teacher, fid_to_teacher: to the teacher's samples of the same prompts.
+        kid_heldout: of the samples for held-out captions to the held-out real images, on which nothing was trained
+            (absent, if these are fewer than two).
         """
         return self._distances(self._features(images))
 
@@ -100,8 +105,8 @@ class EmojiJudge:
         """What to read `text_*` beside: teacher_text_* of the teacher's samples, and heldout_text_* of the `heldout_n`
         held-out real images, of which the ridge map has seen neither image nor caption."""
         unseen = [caption for caption, held_out in zip(self.captions, self.held_out, strict=True) if held_out]
-        teacher = self._alignment(self.teacher_features, self.prompts)
-        heldout = self._alignment(self._all_real[self.held_out], unseen)
+        teacher = self._alignment(self.teacher_features)
+        heldout = self._aligned(self._all_real[self.held_out], unseen)
         return {
             **{f"teacher_{name}": value for name, value in teacher.items()},
             **{f"heldout_{name}": value for name, value in heldout.items()},
@@ -111,8 +116,12 @@ class EmojiJudge:
     @cached_property
     def real(self) -> Tensor:
         """Features of the real images that sets are compared with, [min(2 images, 2400), 1280]."""
+        return self._real_features(self._real_indices)
+
+    @property
+    def _real_indices(self) -> list[int]:
         count = len(self.captions)
-        return self._real_features(spread(min(2 * len(self.prompts), count), count))
+        return spread(min(2 * len(self.prompts), count), count)
 
     @property
     def teacher_images(self) -> Tensor:
@@ -130,14 +139,24 @@ class EmojiJudge:
         return features(images, device=self.device)
 
     def _distances(self, found: Tensor) -> dict[str, float]:
-        return {
+        distances = {
             "kid": 1e3 * kid(found, self.real),
             "fid": fid(found, self.real),
             "kid_to_teacher": 1e3 * kid(found, self.teacher_features),
             "fid_to_teacher": fid(found, self.teacher_features),
         }
+        unseen, unseen_real = found[self._unseen], self.real[self.held_out[self._real_indices]]
+        if min(len(unseen), len(unseen_real)) >= 2:
+            distances["kid_heldout"] = 1e3 * kid(unseen, unseen_real)
+        return distances
 
-    def _alignment(self, found: Tensor, captions: list[str]) -> dict[str, float]:
+    def _alignment(self, found: Tensor) -> dict[str, float]:
+        """Of the samples for held-out captions: images and captions that the map was fitted on would flatter who
+        repeats them."""
+        captions = [self.prompts[i] for i in self._unseen.nonzero().flatten().tolist()]
+        return self._aligned(found[self._unseen], captions) if len(captions) >= 2 else {}
+
+    def _aligned(self, found: Tensor, captions: list[str]) -> dict[str, float]:
         own, others, top = alignment(self._map.images(found), self._map.texts(self._embed(captions)))
         return {"text_cosine": own, "text_cosine_wrong": others, "text_top1": top}
 

@@ -27,6 +27,7 @@ from tbcm.errors import UserError
 from tbcm.runtime.files import RunLock
 
 BUDGET = 9600
+CPU = torch.device("cpu")
 FLOOR = {"n": 10, "kid": 0.1, "fid": 20.0, "teacher_kid": 100.0, "teacher_fid": 150.0}
 FLOOR |= {"teacher_text_cosine": 0.3, "heldout_text_cosine": 0.4}
 
@@ -95,16 +96,19 @@ def test_schedules_keep_their_share_of_the_run() -> None:
     tenth = quality.config_of(ARMS["r_0.5"], 0, whole.train.steps * 120 // 10)
     steps = tenth.train.steps
     assert steps == whole.train.steps // 10
-    assert tenth.method.r.warmup_steps == round(whole.method.r.warmup_steps / 10)
+    # warm-ups, which are longer in a short run: a half and a fifth of it
+    assert (tenth.method.r.warmup_steps, tenth.optimizer.warmup_steps) == (0.5 * steps, 0.2 * steps)
     assert tenth.ema.halflife_steps == pytest.approx(whole.ema.halflife_steps / 10)
     # the paper's 15,000 and 2,000 of 20,000
     assert (tenth.method.r.cooldown_start, tenth.method.r.cooldown_steps) == (0.75 * steps, 0.1 * steps)
+    tried = Arm("tried", "", change=("method.r.warmup_steps=250",))
+    assert quality.config_of(tried, 0, whole.train.steps * 120 // 10).method.r.warmup_steps == 0.25 * steps
     straight = quality.config_of(ARMS["r_0.75_warmup"], 0, BUDGET).method.r
     assert straight.final == 0.75 and straight.cooldown_start is None
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_are(tmp_path: Path) -> None:
-    results, runs = Results("tables", tmp_path / "out", 10), runs_of_tables(4, folder=tmp_path / "runs")
+    results, runs = Results("tables", tmp_path / "out", 10, CPU), runs_of_tables(4, folder=tmp_path / "runs")
     first = FakeRunner(stop_at="route_random, seed 1")
     with pytest.raises(KeyboardInterrupt):
         quality_runs.do(runs, results, first)
@@ -115,7 +119,7 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_are(tmp_path: Path)
     again = FakeRunner()
     assert quality_runs.do(runs, results, again) == [] and again.trained == again.measured == []
     # Another number of images is another measurement.
-    assert results.missing(runs[0]) == [] and Results("tables", tmp_path / "out", 11).missing(runs[0]) == [1]
+    assert results.missing(runs[0]) == [] and Results("tables", tmp_path / "out", 11, CPU).missing(runs[0]) == [1]
     # What another table asks beyond that is measured of the same runs.
     asked = FakeRunner()
     quality_runs.do(runs_of_tables(2, 4, folder=tmp_path / "runs"), results, asked)
@@ -127,7 +131,7 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_are(tmp_path: Path)
 
 
 def test_figures_without_their_last_row_are_not_a_finished_run(tmp_path: Path) -> None:
-    results, (run, *_) = Results("tables", tmp_path, 10), runs_of_tables(4)
+    results, (run, *_) = Results("tables", tmp_path, 10, CPU), runs_of_tables(4)
     results.add(run, 1, {"kid": 1.0, "evaluate_seconds": 1.0})
     assert results.missing(run) == []
     path = tmp_path / "tables.jsonl"
@@ -158,7 +162,7 @@ def held(tmp_path: Path) -> Iterator[Run]:
 
 def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path, held: Run) -> None:
     runs, runner = runs_of_tables(4, folder=tmp_path / "runs"), FakeRunner(fail_at="route_random, seed 1")
-    problems = quality_runs.do(runs, Results("tables", tmp_path / "out", 10), runner)
+    problems = quality_runs.do(runs, Results("tables", tmp_path / "out", 10, CPU), runner)
     assert len(problems) == 2
     assert problems[0].startswith(f"{held.name}: ") and "is in use by process" in problems[0]
     assert problems[1] == "route_random, seed 1: loss was not finite"
@@ -175,7 +179,7 @@ def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path
     ],
 )
 def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
-    results, table = Results("tables", tmp_path / "out", 10), quality_tables.TABLES[4]
+    results, table = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[4]
     runs = runs_of_tables(4, seeds=range(3), folder=tmp_path / "runs")
     quality_runs.do(runs, results, FakeRunner(kid))
     text = table_report.markdown(table, table_report.Figures(results.rows(), BUDGET, range(4)), 10, results.floor(), {})
@@ -188,7 +192,7 @@ def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
 
 
 def test_the_gap_that_is_closed(tmp_path: Path) -> None:
-    results, table = Results("tables", tmp_path / "out", 10), quality_tables.TABLES[2]
+    results, table = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[2]
     kid = {"untrained": 70.0, "teacher": 0.0, "tbcm": 7.0}
     quality_runs.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
     figures = table_report.Figures(results.rows(), BUDGET, range(3))
@@ -207,7 +211,7 @@ def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
         assert configs[2].optimizer.lr == pytest.approx(9 * configs[1].optimizer.lr, rel=1e-2)
         assert configs[3].train.steps == 4 * configs[4].train.steps
     results, arms = (
-        Results("tuning", tmp_path / "out", 10),
+        Results("tuning", tmp_path / "out", 10, CPU),
         [*grids[0][:2], table_tuning.attempt("tbcm", ["ema.ramp_up=null"])],
     )
     runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100, 101], BUDGET, tmp_path / "runs")
@@ -223,7 +227,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change = ("train.prompts_per_step=1", "method.route.points=4")
     arms = [Arm("quick", "", change=change), ARMS["untrained"]]
     monkeypatch.setattr(EmojiRunner, "judge", property(lambda self: Judge(self)))
-    results = Results("tables", tmp_path / "out", 4)
+    results = Results("tables", tmp_path / "out", 4, CPU)
     runs = quality_runs.runs_of([(arm, 1, 4) for arm in arms], [0], 6, tmp_path / "runs")
     runner = EmojiRunner(runs[0].config, 4, tmp_path / "references", torch.device("cpu"))
     assert quality_runs.do(runs, results, runner) == []
@@ -258,7 +262,7 @@ def checkpoint_steps(run: Run) -> list[int]:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    results = Results("tables", tmp_path, 2000)
+    results = Results("tables", tmp_path, 2000, CPU)
     quality_runs.do(runs_of_tables(4, 7, seeds=range(2), folder=tmp_path / "runs"), results, FakeRunner())
     done = bench("tables.py", "--report", "--table", "3", "4", "7", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -270,4 +274,6 @@ def test_command_line(tmp_path: Path) -> None:
 def test_unknown_arms_are_one_line(tmp_path: Path) -> None:
     arguments = argparse.Namespace(only=["scm"], budget=BUDGET, runs=tmp_path)
     with pytest.raises(UserError, match="--only 'scm': no arm of these; choose from 'route_random'"):
-        tables._do([(ARMS["route_random"], 1, 4)], range(1), Results("tables", tmp_path, 10), arguments, FakeRunner())
+        tables._do(
+            [(ARMS["route_random"], 1, 4)], range(1), Results("tables", tmp_path, 10, CPU), arguments, FakeRunner()
+        )
