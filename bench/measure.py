@@ -24,7 +24,7 @@ from tbcm.runtime.phases import PhaseTimer
 from tbcm.trainer import Trainer
 
 WARM_UP = 3
-PHASES = "text", "vae", "teacher", "forward", "backward", "discriminator", "optimizer"
+PHASES = "text", "vae", "latents", "teacher", "forward", "backward", "discriminator", "optimizer"
 
 
 class Measured:

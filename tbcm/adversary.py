@@ -40,7 +40,8 @@ class AdversarialDraws:
     real_noise: Tensor
 
     def __getitem__(self, images: slice) -> AdversarialDraws:
-        return AdversarialDraws(*(getattr(self, field.name)[images] for field in fields(self)))
+        """Copies, so that the rest is not kept: in a large global batch these are many times a rank's."""
+        return AdversarialDraws(*(getattr(self, field.name)[images].clone() for field in fields(self)))
 
 
 def draw_adversarial(
@@ -78,8 +79,8 @@ def draw_adversarial(
 class Adversary:
     """The discriminator of a run, its optimiser and what it has seen in the step.
 
-    In a step: `loss` of each batch, with the student's graph; after that one's backward pass `learn`, which shows the
-    discriminator the same fakes beside real ones; at last `update`. `teacher` is frozen and runs in `autocast`; the
+    In a step: `loss` of each batch, with the student's graph; right after that one's backward pass `learn`, which shows
+    the discriminator the same fakes beside real ones; at last `update`. `teacher` is frozen and runs in `autocast`; the
     global batch of a step has `images`, of which this rank's batches are `parts`.
     """
 
@@ -140,12 +141,15 @@ class Adversary:
         sums = {name: value.detach().sum() / self.images for name, value in means.items()}
         return {"discriminator_loss": loss.detach(), **sums}
 
-    def update(self, finite: Tensor) -> None:
-        """One step of the discriminator, where `finite` says so and its own gradient, which all ranks share, is."""
+    def update(self, finite: Tensor) -> Tensor:
+        """One step of the discriminator, where `finite` says so and its own gradient, which all ranks share, is.
+        Returns whether it was made, a bool scalar on the device."""
         _, own = clip_and_check(self.heads.parameters(), self.method.adversary.clip)
-        gated_step(self.optimizer, finite & own)
+        made = finite & own
+        gated_step(self.optimizer, made)
         self.optimizer.zero_grad(set_to_none=True)
         self.heads.renew()
+        return made
 
     def state(self) -> dict[str, Any]:
         return {"discriminator": self.heads, "discriminator_optimizer": self.optimizer}

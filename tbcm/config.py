@@ -152,7 +152,8 @@ class Student(Section):
     checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="what backward recomputes of a block's values (never its tangents): nothing, all but the linear"
-        " layers, or everything. A compiled block is at least selective by itself",
+        " layers, or everything. A compiled block is at least selective by itself. With method.name=sprint also of the"
+        " teacher's under the discriminator",
     )
     compile: Switch = Field("auto", description="torch.compile per block; auto: on CUDA")
 
@@ -273,7 +274,7 @@ class Config(Section):
         if self.method.name != "tbcm" and (self.data.images is None) == (self.data.latents is None):
             raise ValueError(
                 f"method.name={self.method.name} needs data.images ('emoji', a folder of images with a metadata.jsonl,"
-                " or .tar shards) or data.latents (what tbcm.encode_images wrote), and not both"
+                " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
             )
         if self.method.name == "sprint" and self.teacher.fp8:
             raise ValueError(

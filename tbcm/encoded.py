@@ -35,7 +35,10 @@ class VaeLatents:
     def latents(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedLatents`."""
         with phase("vae"):
-            return encode_images(self.vae, self.images.images(indices).to(self.vae.device))
+            images = self.images.images(indices)
+            if self.vae.device.type == "cuda":
+                images = images.pin_memory()  # else the host would wait for the copy
+            return encode_images(self.vae, images.to(self.vae.device, non_blocking=True))
 
 
 class NoisedLatents:

@@ -13,7 +13,8 @@ SHARDED = "student", "gradients", "optimizer", "average"
 
 
 def holdings(trainer: Trainer) -> dict[str, int]:
-    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student, and of what belongs to its weights."""
+    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student, and of what belongs to its weights;
+    of a discriminator with its gradient and its optimiser's two moments."""
     text = getattr(trainer.text.encoder, "model", None)
     state = trainer.optimizer.state_dict()["state"].values()
     return {
@@ -23,6 +24,7 @@ def holdings(trainer: Trainer) -> dict[str, int]:
         "student": _bytes(tensors(trainer.student)),
         "gradients": _bytes(trainer.parameters),
         "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
+        "discriminator": 4 * _bytes(tensors(trainer.adversary.heads)) if trainer.adversary else 0,
         "average": _bytes(trainer.ema.shadow.values()),
     }
 

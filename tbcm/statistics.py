@@ -60,7 +60,8 @@ class StepStatistics:
         """Each rank's own sums, to the last bit; an equal share of them if the number of ranks is another."""
         rows = torch.tensor(state["ranks"], device=self.device)
         same = len(rows) == distributed.world_size()
-        self._sums = rows[distributed.rank()] if same else rows.sum(0) / distributed.world_size()
+        sums = rows[distributed.rank()] if same else rows.sum(0) / distributed.world_size()
+        self._sums = sums[: len(self._sums)]  # without what another objective added
 
     def summary(self) -> dict[str, Tensor]:
         """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not:

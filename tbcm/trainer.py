@@ -123,7 +123,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.adversary:
-            self.adversary.update(finite)
+            finite = self.adversary.update(finite)
         self.guard.update(finite, loss)
 
     def _accumulate(self, index: int, batch: Batch, stop: Callable[[], bool]) -> Tensor | None:
@@ -143,8 +143,9 @@ class Trainer:
                     # Gradients are averaged over ranks, and each rank's loss is its share of the global mean.
                     self.scaler.scale(loss * distributed.world_size()).backward()
             total += loss.detach()
-        if self.adversary:
-            self._figures.append((self.statistics.add_shares, self.adversary.learn(last=last)))
+            if i == 0 and self.adversary:
+                learnt = self.adversary.learn(last=index == self.source.batches - 1)
+                self._figures.append((self.statistics.add_shares, learnt))
         return total
 
     def _terms(self, index: int, batch: Batch) -> list[Callable[[], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,65 @@ def test_the_discriminator_learns_to_tell_a_student_that_does_not_move(tmp_path:
     assert rows[-1]["real_score"] - rows[-1]["fake_score"] > 1
 
 
-def test_a_student_that_is_not_finite_leaves_the_heads_as_they_are(tmp_path: Path) -> None:
+def heads_of(trainer: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for p in adversary_of(trainer).heads.parameters()]
+
+
+def test_an_update_that_the_student_skips_is_skipped_by_the_discriminator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(tmp_path)
-    heads = adversary_of(trainer).heads
-    before = [p.clone() for p in heads.parameters()]
-    with torch.no_grad():
-        trainer.parameters[0].fill_(float("nan"))
+    monkeypatch.setattr(trainer.update, "clip", lambda: (torch.zeros(()), torch.tensor(False)))
+    before = heads_of(trainer)
     trainer.train_step()
-    assert all(torch.equal(a, b) for a, b in zip(before, heads.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, heads_of(trainer), strict=True))
+
+
+def test_a_discriminator_whose_gradient_is_not_finite_counts_as_a_skipped_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path)
+    adversary = adversary_of(trainer)
+    plain = adversary._features
+
+    def features(x0: Tensor, *rest: Any) -> list[Tensor]:
+        found = plain(x0, *rest)
+        return found if torch.is_grad_enabled() else [x * float("nan") for x in found]
+
+    monkeypatch.setattr(adversary, "_features", features)
+    before = heads_of(trainer)
+    trainer.train_step()
+    assert trainer.guard.total == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, heads_of(trainer), strict=True))
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_singular_values_are_followed_once_a_step_whatever_the_batches(tmp_path: Path, at_once: int | None) -> None:
+    trainer = make(tmp_path, train={"prompts_per_rollout": at_once})
+    (expected := copy.deepcopy(adversary_of(trainer).heads)).renew()
+    wanted = dict(expected.named_buffers())
+    trainer.optimizer.param_groups[0]["lr"] = 0.0
+    adversary_of(trainer).optimizer.param_groups[0]["lr"] = 0.0
+    trainer.train_step()
+    buffers = dict(adversary_of(trainer).heads.named_buffers())
+    assert buffers and all(torch.equal(buffers[name], wanted[name]) for name in buffers)
+
+
+def test_a_step_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    trainer = make(tmp_path, train={"prompts_per_rollout": 2})
+    asked = iter([False, False, True])
+    assert not trainer.train_step(lambda: next(asked))
+    adversary = adversary_of(trainer)
+    assert adversary._shown is None and all(p.grad is None for p in adversary.heads.parameters())
+    assert not trainer.statistics.summary()["loss"].isfinite(), "of no step"
+
+
+def test_a_run_that_goes_on_without_its_adversary_logs(tmp_path: Path) -> None:
+    make(tmp_path, train={"steps": 1}, log={"every": 4}).run()
+    trainer = make(tmp_path, "scm", train={"steps": 2})
+    trainer.resume()
+    trainer.run()
+    assert "adversarial" not in metrics(tmp_path)[-1]
 
 
 def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:

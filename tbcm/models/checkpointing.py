@@ -45,11 +45,14 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, modulation, text, *weights = ctx.saved_tensors
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, modulation, text)]
+        needed = ctx.needs_input_grad[3:6]  # a frozen network's text and modulation have no use for theirs
+        inputs = [t.detach().requires_grad_(n) for t, n in zip((x, modulation, text), needed, strict=True)]
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled=enabled):
             y, _ = ctx.part(inputs[0], None, inputs[1], None, inputs[2])
-        return None, None, None, *torch.autograd.grad(y, [*inputs, *weights], grad, allow_unused=True)
+        wanted = [tensor for tensor in (*inputs, *weights) if tensor.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        return None, None, None, *(next(found) if t.requires_grad else None for t in (*inputs, *weights))
 
 
 def selective_checkpoint(part: Part, x: Dual, modulation: Dual, text: Tensor) -> Dual:

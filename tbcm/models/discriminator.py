@@ -1,4 +1,4 @@
-"""LADD's discriminator: small heads that score the frozen teacher's tokens, one for each of a few of its layers."""
+"""A discriminator in the manner of LADD: small heads on the frozen teacher's tokens, one for each of a few layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 
-def spread_layers(depth: int, heads: int = 5) -> list[int]:
-    """`heads` layers spread over `depth` of them, counted from 0: 2, 8, 14, 19, 25 of 28."""
-    heads = min(heads, depth)
+def spread_layers(depth: int) -> list[int]:
+    """Five layers, or all, spread over `depth` of them, counted from 0: 2, 8, 14, 19, 25 of 28."""
+    heads = min(5, depth)
     return [int((i + 0.5) * depth / heads) for i in range(heads)]
 
 

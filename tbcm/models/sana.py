@@ -99,10 +99,7 @@ class SanaTrigFlow(nn.Module):
         tangents: tuple[Tensor, Tensor] | None = None,
     ) -> Prediction:
         """See `tbcm.method.types.Network`. Raises ValueError where the batch is no multiple of the prompts."""
-        if u.shape[0] % len(condition):
-            raise ValueError(f"{u.shape[0]} samples cannot be shared out evenly over {len(condition)} prompts")
-        if not self.text_once:
-            condition = condition.repeat(u.shape[0] // len(condition))
+        condition = self._shared_out(u, condition)
         if tangents is None:
             return self._predict((u, None), (t, None), condition, guidance)
         if self.tangent == "one_pass":
@@ -130,6 +127,7 @@ class SanaTrigFlow(nn.Module):
 
         For discriminators on a frozen network (arguments as for `forward`).
         """
+        condition = self._shared_out(u, condition)
         h, temb, _ = self._embed((u, None), (t, None), guidance)
         states = self._through_blocks(h, temb, condition, self._grid(u))
         found = {i: tokens for i, (tokens, _) in enumerate(islice(states, layers[-1] + 1)) if i in layers}
@@ -145,6 +143,11 @@ class SanaTrigFlow(nn.Module):
             with torch.autocast(u[0].device.type, enabled=False):
                 logvar = self.logvar_head(emb[0].to(self.logvar_head.weight.dtype)).squeeze(-1)
         return Prediction(F, dF, logvar)
+
+    def _shared_out(self, u: Tensor, condition: Condition) -> Condition:
+        if u.shape[0] % len(condition):
+            raise ValueError(f"{u.shape[0]} samples cannot be shared out evenly over {len(condition)} prompts")
+        return condition if self.text_once else condition.repeat(u.shape[0] // len(condition))
 
     def _grid(self, u: Tensor) -> tuple[int, int]:
         """Rows and columns of tokens."""
