@@ -44,6 +44,11 @@ def test_scm_keeps_its_autoencoder() -> None:
     assert accounted("published", 3, "scm")["weights_gib"] > accounted("published", 3)["weights_gib"]
 
 
+def test_an_adversary_costs_memory_in_the_step() -> None:
+    scm, sprint = (accounted("no_recompute", 30, method) for method in ("scm", "sprint"))
+    assert sprint["dynamic_gib"] > scm["dynamic_gib"] and sprint["weights_gib"] == scm["weights_gib"]
+
+
 def test_rows_and_a_picture(tmp_path: Path) -> None:
     wanted = [("published", "tbcm", 3, 16), ("lean", "tbcm", 3, 16), ("lean", "tbcm", 6, 16)]
     rows = memory.run("tiny", wanted, CPU, tmp_path)

@@ -37,7 +37,9 @@ def test_on_a_cpu_nothing_is_measured_that_does_nothing_there() -> None:
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])
 
 
-@pytest.mark.parametrize(("method", "samples", "prompts"), [("tbcm", 30, 2), ("tbcm", 4, 1), ("scm", 30, 30)])
+@pytest.mark.parametrize(
+    ("method", "samples", "prompts"), [("tbcm", 30, 2), ("tbcm", 4, 1), ("scm", 30, 30), ("sprint", 30, 30)]
+)
 def test_samples_are_those_that_are_optimised(method: str, samples: int, prompts: int) -> None:
     config = arms.config("tiny", "published", method, samples, 16, CPU)
     assert config.train.prompts_per_step == prompts
@@ -48,17 +50,18 @@ def test_samples_are_those_that_are_optimised(method: str, samples: int, prompts
 
 def test_rows_and_table_of_a_real_run(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--prompts", "1", "--points", "4", "--steps", "3", "--out", str(tmp_path)]
-    done = bench("step.py", *arguments, "--arms", "published", "text_once", "--methods", "tbcm", "scm")
+    done = bench("step.py", *arguments, "--arms", "published", "text_once", "--methods", "tbcm", "scm", "sprint")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["method"]) for row in rows] == [
-        (arm, method) for method in ("tbcm", "scm") for arm in ("published", "text_once")
+        (arm, method) for method in ("tbcm", "scm", "sprint") for arm in ("published", "text_once")
     ]
     for row in rows:
         assert row["samples"] == 3 and row["steps"] == 3 and row["commit"]
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["samples_per_s"] == pytest.approx(3000 / row["median_ms"])
-        assert ("vae_ms" in row) == (row["method"] == "scm")
+        assert ("vae_ms" in row) == (row["method"] != "tbcm")
+        assert ("discriminator_ms" in row) == (row["method"] == "sprint")
         assert row["forward_ms"] > 0 and row["of_matmul"] > 0
     published, ours = rows[0], rows[1]
     assert ours["tflop"] < published["tflop"]

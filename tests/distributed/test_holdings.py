@@ -55,7 +55,18 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     assert (whole["gradients"], whole["average"]) == (4 * numbers, 4 * numbers)
     assert whole["optimizer"] == 8 * numbers + 4 * len(trainer.parameters)  # and the count of steps
     assert whole["text encoder"] == whole["VAE"] == 0
+    assert whole["discriminator"] == 0
     share = on_a_rank(whole, 3, accumulates=True)
     assert share == whole | {name: -(-whole[name] // 3) for name in ("student", "optimizer", "average")}
     # Of two blocks both are gathered: then it is the whole student.
     assert gathered(trainer.student, trainer.blocks) == 4 * numbers
+
+
+def test_a_discriminator_is_told_with_what_belongs_to_its_weights(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, method={"name": "sprint"})
+    trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
+    assert trainer.adversary is not None
+    weights = size(trainer.adversary.heads.parameters())
+    moments = trainer.adversary.optimizer.state.values()
+    kept = size(value for of_one in moments for value in of_one.values())
+    assert holdings(trainer)["discriminator"] == pytest.approx(2 * weights + kept, rel=0.1)
