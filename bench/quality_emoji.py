@@ -12,7 +12,7 @@ import torch
 from quality_runs import Run
 from torch import Tensor
 
-from tbcm.build import build_student, build_teacher, build_text, pipeline_of
+from tbcm.build import build_student, build_teacher, build_text, pipeline_of, student_weights
 from tbcm.config import Config
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.emoji import TEACHER_STEPS, EmojiJudge, middle, spread
@@ -108,7 +108,8 @@ class EmojiRunner:
     def _student(self, run: Run) -> SanaTrigFlow:
         if run.arm.trained:
             return load_student(open_source(run.config.out), self.device)
-        return build_student(run.config, self.teacher.net).eval()
+        student = build_student(run.config, self.teacher.net).eval()
+        return student.to(student_weights(run.config, self.device))
 
 
 def training_seconds(out: Path, steps: int) -> float:

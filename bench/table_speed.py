@@ -15,7 +15,7 @@ PAPER = {"teacher, 20 steps": (1.7, 0.9), "sCM, 1 step": (7.22, 0.21)}
 PAPER |= dict.fromkeys(("Sana-Sprint, 1 step", "TBCM, 1 step"), PAPER["sCM, 1 step"])
 NOTE = (
     f"Images/s in batches of {SPEED_BATCH} and seconds for one image, without text encoder and decoding, of one student"
-    " (all are one network) and of the teacher, one after the other on this machine; medians of 7."
+    " (all are one network) and of the teacher, one after the other on this machine; medians of 10."
 )
 
 

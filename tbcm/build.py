@@ -82,6 +82,11 @@ def teacher_autocast(config: Config, device: torch.device) -> torch.autocast:
     return autocast(dtype if teacher_weights(config, device) != dtype else torch.float32, device)
 
 
+def student_weights(config: Config, device: torch.device) -> torch.dtype:
+    """How the weights of a student that is no longer trained are kept."""
+    return weights_dtype(dtype_of(config.student.precision, device))
+
+
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     """How frozen weights that compute in `dtype` are kept: fp16 has too little range for whole networks in it, so those
     stay in fp32 and autocast; bf16 weights are half the memory and are not cast again on every call."""

@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+from tbcm.runtime import failure
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 @command
+@failure.reported
 def main() -> None:
     arguments = parse()
     config = load_config(arguments.config, arguments.overrides)
@@ -61,21 +62,12 @@ def main() -> None:
         raise UserError(f"--batch {arguments.batch}: give at least 1")
     config = config.model_copy(update={"data": config.data.model_copy(update={"prompts": arguments.prompts})})
 
-    from tbcm.runtime import distributed
-    from tbcm.runtime.files import RunLock
-    from tbcm.runtime.log import setup_logging
+    from tbcm.runtime.job import job
 
-    device = distributed.init(arguments.device, timeout=timedelta(days=1))  # the last shard of another rank
-    setup_logging()
-    lock = RunLock(arguments.out)
-    distributed.run_on_main(lock.acquire)
-    try:
+    with job(arguments.out, arguments.device) as device:
         encode_prompts(
             config, arguments.out, device, dtype=DTYPES[arguments.dtype], batch=arguments.batch, verify=arguments.verify
         )
-    finally:
-        lock.release()
-        distributed.shutdown()
 
 
 def encode_prompts(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from tbcm.errors import UserError, command
 from tbcm.evaluation import METRICS
+from tbcm.runtime import failure
 
+EVALUATIONS = Path("evaluation")
 EPILOG = """
 examples:
   python -m tbcm.evaluate runs/emoji --steps 1 2 4
@@ -52,17 +53,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="images that are made at once (default: 32)")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="of a run: averaged or last weights")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="default: evaluation")
+    parser.add_argument("--out", type=Path, help="default: evaluation/NAME of the source, with --teacher NAME-teacher")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     return parser.parse_args()
 
 
+def default_out(source: str, *, teacher: bool) -> Path:
+    """A folder for each source, which is known by the last part of its path or hub id."""
+    return EVALUATIONS / (Path(source).resolve().name + "-teacher" * teacher)
+
+
 @command
+@failure.reported
 def main() -> None:
     arguments = vars(parse())
     device_type, average = arguments.pop("device"), arguments.pop("weights") == "ema"
     arguments["steps"] = arguments["steps"] or [20 if arguments["teacher"] else 1]
-    for name, low, high in (("steps", 1, 1000), ("images", 2, None), ("batch", 1, None), ("agreement_images", 2, None)):
+    out = arguments["out"]
+    arguments["cache"] = (out or EVALUATIONS) / "cache"
+    arguments["out"] = out or default_out(arguments["source"], teacher=arguments["teacher"])
+    limits = (("steps", 1, 1000), ("images", 2, None), ("batch", 1, None), ("agreement_images", 2, None))
+    for name, low, high in (*limits, ("seed", 0, None)):
         values = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
         for value in values:
             if value is not None and (value < low or (high and value > high)):
@@ -74,24 +85,17 @@ def main() -> None:
     from tbcm.evaluation.run import Options, evaluate
     from tbcm.runtime import distributed
     from tbcm.runtime.allocator import reuse_freed_memory
-    from tbcm.runtime.files import RunLock, write_json
-    from tbcm.runtime.log import setup_logging
+    from tbcm.runtime.files import write_json
+    from tbcm.runtime.job import job
 
-    device = distributed.init(device_type, timeout=timedelta(days=1))  # rank 0 measures, the others wait
-    setup_logging()
-    reuse_freed_memory()
     options = Options(**arguments, average=average)
-    lock = RunLock(options.out)
-    distributed.run_on_main(lock.acquire)
-    try:
+    with job(options.out, device_type) as device:
+        reuse_freed_memory()
         report = evaluate(options, device)
         if distributed.is_main():
             write_json(options.out / "report.json", report | {"units": UNITS})
             print(table(report))
             print(f"wrote {options.out / 'report.json'}")
-    finally:
-        lock.release()
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

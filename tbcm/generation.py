@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from tbcm.build import build_teacher, build_text, teacher_autocast
+from tbcm.build import autocast, build_teacher, build_text, dtype_of, teacher_autocast
 from tbcm.config import Config
 from tbcm.images import to_uint8
 from tbcm.method.rollout import embedded, rollout
@@ -42,13 +42,19 @@ def teacher_times(steps: int, shift: float) -> Tensor:
     return time_from_flow(shift * q / (1 + (shift - 1) * q)).float()
 
 
+def default_guidance(config: Config) -> float:
+    """The middle one of those trained on."""
+    scales = sorted(config.method.guidance)
+    return scales[len(scales) // 2]
+
+
 class Sampler:
     """Prompts -> scaled latents or images, in batches. Image i of a call depends on (prompt i, seed, i) alone; a call
     for a part of a longer list says with `first` where in it the part begins.
 
     `net` is a student (few steps, guidance through its embedding) or, with `teacher`, a teacher (first-order steps of
-    its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times and guidance
-    holds; `pipeline` has the VAE.
+    its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times, guidance and
+    precision holds, and weights that are kept in more precision are cast; `pipeline` has the VAE.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Sampler:
     ) -> None:
         self.net, self.text, self.config, self.pipeline = net, text, config, pipeline
         self.batch, device = batch, next(net.parameters()).device
+        self.dtype = dtype_of((config.teacher if teacher else config.student).precision, device)
         self.teacher = GuidedTeacher(net, text, lambda: teacher_autocast(config, device)) if teacher else None
         side = config.teacher.image_size // pipeline.compression
         self.shape = net.backbone.config.in_channels, side, side
@@ -78,8 +85,7 @@ class Sampler:
         self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
     ) -> Tensor:
         """Scaled latents xbar_0 [P, C, h, w], fp32. Guidance defaults to the middle one of those trained on."""
-        scales = sorted(self.config.method.guidance)
-        scale = scales[len(scales) // 2] if guidance is None else guidance
+        scale = default_guidance(self.config) if guidance is None else guidance
         device, parts = next(self.net.parameters()).device, []
         for start in range(0, len(prompts), self.batch):
             chunk = list(prompts[start : start + self.batch])
@@ -99,7 +105,9 @@ class Sampler:
             times = teacher_times(steps, self.pipeline.sampling_shift).to(start.device)[None]
             return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
         few = student_times(steps, self.config.teacher.t_max)
-        return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
+        cast = next(self.net.parameters()).dtype != self.dtype
+        with autocast(self.dtype if cast else torch.float32, start.device):
+            return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""

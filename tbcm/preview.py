@@ -53,7 +53,7 @@ class Previewer:
 
     def _latents(self) -> list[Tensor]:
         """The average student's, for each of `STEPS`."""
-        with self.trainer.ema.swap(self.trainer.student), self.trainer.autocast():
+        with self.trainer.ema.swap(self.trainer.student):
             try:
                 return [self.student.latents(self.prompts, steps=n) for n in STEPS]
             finally:

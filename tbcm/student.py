@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 
-from tbcm.build import build_student, dtype_of, pipeline_of
+from tbcm.build import build_student, pipeline_of, student_weights
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
 from tbcm.method.trigflow import T_MAX
@@ -78,16 +78,19 @@ def _config_of_pipeline(path: str) -> Config:
     )
 
 
-def load_student(source: Source, device: torch.device, *, average: bool = True) -> SanaTrigFlow:
-    """The frozen student: of a run, the newest checkpoint's (EMA weights, or the last ones); of a pipeline, its own."""
+def load_student(
+    source: Source, device: torch.device, dtype: torch.dtype | None = None, *, average: bool = True
+) -> SanaTrigFlow:
+    """The frozen student, with weights in `dtype` (default: as configured): of a run, the newest checkpoint's (EMA
+    weights, or the last ones); of a pipeline, its own."""
+    dtype = dtype or student_weights(source.config, device)
     if source.is_run:
-        return _student_of_run(source, device, average)
+        return _student_of_run(source, device, average).to(dtype)
     index = source.pipeline.index
     if index.get("_class_name") != "SanaSprintPipeline":
         raise UserError(
             f"{source.path}: a {index.get('_class_name')} is a teacher, not a few-step student; add --teacher"
         )
-    dtype = dtype_of(source.config.student.precision, device)
     backbone = source.pipeline.load_transformer(dtype).to(device)
     net = SanaTrigFlow(backbone, timestep_scale=1.0, differentiable=False)
     freeze(net)
@@ -118,7 +121,7 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     if not source.is_run:
         raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
     check_exportable(source)
-    student = load_student(source, torch.device("cpu"), average=average)
+    student = load_student(source, torch.device("cpu"), torch.float32, average=average)
     write_pipeline(student, source, out, dtype)
 
 

@@ -189,7 +189,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
     ("overrides", "words"),
     [
         (["data.latents={home}/fp32"], ["method.name=scm needs data.images", "with data.images=null"]),
-        (["data.images=null"], ["method.name=scm needs data.images", "or data.latents"]),
+        (["data.images=null"], ["method.name=scm needs data.images", "data.latents"]),
         (["data.images=null", "data.latents={home}/nowhere"], ["nowhere", "tbcm.encode_images"]),
         (
             ["data.images=null", "data.latents={home}/fp32", "teacher.image_size=128"],

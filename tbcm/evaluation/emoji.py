@@ -75,6 +75,10 @@ class EmojiJudge:
         found = self._features(images)
         return {**self._distances(found), **self._alignment(found)}
 
+    def text(self, images: Tensor) -> dict[str, float]:
+        """Of these alone what is in `text_*`."""
+        return self._alignment(self._features(images))
+
     def distances(self, images: Tensor) -> dict[str, float]:
         """Of images [n, 3, 64, 64] uint8 for `prompts`, in their order:
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import tbcm
 from tbcm.data.decoding import decode
 from tbcm.data.prompts import digest
 from tbcm.evaluation.stored import Tensors, key, stored
@@ -23,11 +24,14 @@ from tbcm.runtime.files import write_json
 class Generated:
     """What a sampler makes of `prompts` with these settings, kept below `folder`, which all ranks must see.
 
-    Sample i depends on (prompt i, seed, i) alone, whoever makes it and in whichever batch. Other settings, prompts or
-    weights have a folder of their own, so that nothing stale is ever taken for what was asked for.
+    Sample i depends on (prompt i, seed, i) alone, to rounding, whoever makes it and in whichever batch. A folder is
+    known by settings, prompts, `identity`, this package's version, precision and kind of device (CPU or CUDA), so that
+    what was made otherwise is not taken for what is asked for. What is not seen: changed code of one version, other
+    versions of PyTorch, another GPU. After such a change, remove the folder.
 
     Args:
-        identity: what tells the sampler's weights from others (`tbcm.evaluation.subjects`).
+        identity: what tells the sampler's weights and the meaning of its inputs from others'
+            (`tbcm.evaluation.subjects`).
     """
 
     def __init__(
@@ -43,7 +47,15 @@ class Generated:
     ) -> None:
         self.sampler, self.prompts = sampler, list(prompts)
         self.settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
-        self.made_from = {**identity, **self.settings, "prompts": digest(prompts), "count": len(self.prompts)}
+        self.made_from = {
+            **identity,
+            **self.settings,
+            "prompts": digest(prompts),
+            "count": len(self.prompts),
+            "tbcm": tbcm.__version__,
+            "device": next(sampler.net.parameters()).device.type,
+            "precision": str(sampler.dtype).removeprefix("torch."),
+        }
         self._name = f"{steps}-step-{key(self.made_from)}"
         self._images, self._latents = folder / "images" / self._name, folder / "latents" / self._name
 

@@ -22,7 +22,8 @@ FILE = URL.rpartition("/")[2]
 
 
 class Inception:
-    """The network. `file`: where it is kept, the `path` given or torch's own cache, into which it is downloaded.
+    """The network. `file`: where it is kept, the `path` given or torch's own cache, into which it is downloaded. Its
+    hash is not checked, only that it maps images to 2,048 features; reports have the hash.
 
     Raises:
         UserError: the file is missing, cannot be downloaded, or is no such network.

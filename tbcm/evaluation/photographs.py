@@ -53,8 +53,7 @@ class PhotographJudge:
             features = self.inception(self._batches(files, "Inception"))
             found |= {"kid": 1e3 * kid(features, self.real), "fid": fid(features, self.real)}
         if self.clip:
-            own = self.clip.scores(self._batches(files, "CLIP"), captions)
-            wrong = self.clip.scores(self._batches(files, "CLIP, wrong captions"), [*captions[1:], *captions[:1]])
+            own, wrong = self.clip.scores(self._batches(files, "CLIP"), captions)
             found |= {"clip_score": own.mean().item(), "clip_score_wrong": wrong.mean().item()}
         return found
 

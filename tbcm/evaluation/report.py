@@ -14,12 +14,21 @@ import torch
 
 import tbcm
 
+SPEED = {
+    "throughput": "images/s at the batch, without text and decoding",
+    "throughput_decoded": "images/s at the batch, with decoding",
+    "latency": "seconds for one image, without text and decoding",
+    "latency_decoded": "seconds for one image, with decoding",
+    "text_throughput": "prompts/s through the text encoder at the batch",
+    "text_latency": "seconds for one prompt through the text encoder",
+}
 UNITS = {
     "kid": "1e3 x KID to the real images (unbiased)",
     "fid": "FID to the real images (biased upwards: compare at equal numbers of images)",
-    "kid_to_teacher": "1e3 x KID to the teacher's 20-step samples",
-    "fid_to_teacher": "FID to the teacher's 20-step samples",
-    "text_cosine": "mean cosine of image and own caption (ridge map of image features to MiniLM)",
+    "kid_heldout": "1e3 x KID of the samples for held-out captions to the held-out real images",
+    "kid_to_teacher": "1e3 x KID to the teacher's 20-step samples (their guidance: the default one, not --guidance)",
+    "fid_to_teacher": "FID to the teacher's 20-step samples (the same ones)",
+    "text_cosine": "mean cosine of image and own caption, of held-out ones (image features mapped to MiniLM's space)",
     "text_cosine_wrong": "the same with the other captions",
     "text_top1": "share of images whose own caption is the nearest",
     "clip_score": "mean of 100 x cosine of image and own caption in CLIP's space",
@@ -27,12 +36,8 @@ UNITS = {
     "agreement_error": "mean of |latent - teacher's from the same noise|^2 / Var (0: the same; 2: unrelated)",
     "agreement_spread": "its standard deviation over prompts",
     "agreement_n": "prompts it is of",
-    "throughput": "images/s at the batch, without text and decoding",
-    "throughput_decoded": "images/s at the batch, with decoding",
-    "latency": "seconds for one image, without text and decoding",
-    "latency_decoded": "seconds for one image, with decoding",
-    "text_throughput": "prompts/s through the text encoder at the batch",
-    "text_latency": "seconds for one prompt through the text encoder",
+    **SPEED,
+    **{f"{name}_p{share}": f"{share} % quantile of {name}" for name in SPEED for share in (20, 80)},
 }
 
 
@@ -50,9 +55,9 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A line for each value, a column for each number of steps, and the floor's values below."""
+    """A line for each value but quantiles, a column for each number of steps, and the floor's values below."""
     results: Sequence[Mapping[str, Any]] = report["results"]
-    names = [name for name in UNITS if name in results[0]]
+    names = [name for name in UNITS if name in results[0] and not name.endswith(("_p20", "_p80"))]
     width = max(map(len, [*names, *(report["floor"] or [""])]))
     lines = [f"{'steps':<{width}}" + "".join(f"{row['steps']:>11}" for row in results)]
     for name in names:

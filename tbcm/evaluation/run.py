@@ -16,14 +16,17 @@ from tbcm.errors import UserError
 from tbcm.evaluation import METRICS
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.clip import Clip
-from tbcm.evaluation.emoji import REAL_IMAGES, TEACHER_STEPS, EmojiJudge, middle, spread
+from tbcm.evaluation.efficientnet import load_network
+from tbcm.evaluation.emoji import FEATURES, REAL_IMAGES, TEACHER_STEPS, EmojiJudge, spread
 from tbcm.evaluation.generated import Generated, read
 from tbcm.evaluation.inception import Inception
 from tbcm.evaluation.photographs import PhotographJudge
 from tbcm.evaluation.references import open_reference
 from tbcm.evaluation.report import facts
 from tbcm.evaluation.speed import speed
+from tbcm.evaluation.stored import sha256
 from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
+from tbcm.generation import default_guidance
 from tbcm.runtime import distributed
 
 DEFAULT_IMAGES = 2000
@@ -31,10 +34,12 @@ DEFAULT_IMAGES = 2000
 
 @dataclass(frozen=True)
 class Options:
-    """See `python -m tbcm.evaluate --help`."""
+    """See `python -m tbcm.evaluate --help`. `cache`: for what evaluations of other sources need, too (the teacher's
+    samples, features of real images, prompts)."""
 
     source: str
     out: Path
+    cache: Path
     steps: list[int]
     teacher: bool = False
     average: bool = True
@@ -54,11 +59,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Measure:
-    """For which prompts images are made and, on rank 0, their values and what to read these beside."""
+    """For which prompts images are made and, on rank 0, their values and what to read these beside.
+
+    `network` is that of the distances: values of different ones cannot be compared.
+    """
 
     prompts: list[str]
     of: Callable[[list[Path]], dict[str, float]]
     floor: Callable[[], dict[str, float]]
+    network: str | None
 
 
 def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         measure = _measure_emoji(options, subjects, metrics, device)
     else:
         measure = _measure_photographs(options, reference, metrics, config.teacher.image_size, device)
-    guidance = middle(config.method.guidance) if options.guidance is None else options.guidance
+    guidance = default_guidance(config) if options.guidance is None else options.guidance
     rows = [_row(options, subjects, measure, metrics, steps, guidance) for steps in options.steps]
     return {
         "source": {"path": options.source, **subjects.student.identity},
@@ -88,6 +97,8 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         "images": len(measure.prompts),
         "prompts": digest(measure.prompts),
         "guidance": guidance,
+        "network": measure.network,
+        "reference": None if reference is None else digest(reference.captions),
         "results": rows,
         "floor": distributed.run_on_main(measure.floor) if _of_images(metrics) else {},
         "facts": facts(device),
@@ -148,16 +159,27 @@ def _metrics(options: Options, emoji: bool, reference: CaptionedImages | None, t
 
 def _measure_emoji(options: Options, subjects: Subjects, metrics: list[str], device: torch.device) -> Measure:
     assert subjects.teacher is not None  # or nothing would say that these are emoji
-    images, text = options.images or DEFAULT_IMAGES, "text" in metrics
+    images, distance, text = options.images or DEFAULT_IMAGES, "distance" in metrics, "text" in metrics
     if not 2 <= images <= REAL_IMAGES:
         raise UserError(f"--images {images}: give 2 to {REAL_IMAGES}, the number of real emoji that are shipped")
-    judge = EmojiJudge(subjects.teacher.sampler, images, cache=options.out / "cache", device=device)
+    judge = EmojiJudge(subjects.teacher.sampler, images, cache=options.cache, device=device)
+
+    def load() -> None:
+        load_network(device)
+
+    if distance or text:
+        distributed.run_on_main(load)  # before anything is generated, so that a missing package is found now
 
     def measure(files: list[Path]) -> dict[str, float]:
         images = read(files, SIZE)
+        if not distance:
+            return judge.text(images)
         return judge(images) if text else judge.distances(images)
 
-    return Measure(judge.prompts, measure, lambda: {**judge.floor(), **(judge.text_floor() if text else {})})
+    def floor() -> dict[str, float]:
+        return {**(judge.floor() if distance else {}), **(judge.text_floor() if text else {})}
+
+    return Measure(judge.prompts, measure, floor, FEATURES if distance else None)
 
 
 def _measure_photographs(
@@ -166,24 +188,25 @@ def _measure_photographs(
     prompts = _prompts(options, reference)
     judges: list[PhotographJudge] = []
 
-    def load() -> None:
+    def load() -> str | None:
         if "distance" in metrics and reference is not None and len(reference) < 4:
             raise UserError(f"--reference {options.reference}: has {len(reference)} images; give at least 4")
         inception = Inception(options.inception, device) if "distance" in metrics else None
         clip = Clip(options.clip, device) if "text" in metrics else None
-        cache = options.out / "cache"
+        cache = options.cache
         judges.append(PhotographJudge(reference, options.reference, size, inception=inception, clip=clip, cache=cache))
+        return None if inception is None else f"inception {sha256(inception.file)}"
 
     # On rank 0 alone, which measures; before anything is generated, so that a missing file is found now.
-    distributed.run_on_main(load)
-    return Measure(prompts, lambda files: judges[0](files, prompts), lambda: judges[0].floor())
+    network = distributed.run_on_main(load)
+    return Measure(prompts, lambda files: judges[0](files, prompts), lambda: judges[0].floor(), network)
 
 
 def _prompts(options: Options, reference: CaptionedImages | None) -> list[str]:
     """Evenly spread over the file's, or the reference's captions."""
     found: Sequence[str]
     if options.prompts is not None:
-        found = load_prompts(options.prompts, options.column, folder=options.out / "cache")
+        found = load_prompts(options.prompts, options.column, folder=options.cache)
     elif reference is not None:
         found = reference.captions
     else:

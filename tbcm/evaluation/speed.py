@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from diffusers import AutoencoderDC
@@ -14,31 +14,38 @@ from torch import Tensor
 from tbcm.build import dtype_of, weights_dtype
 from tbcm.generation import Sampler, decode_in_parts
 
-WARM_UP, REPEATS = 2, 7
+WARM_UP, REPEATS = 2, 10
 
 
 def speed(sampler: Sampler, prompts: Sequence[str], *, steps: int, guidance: float, batch: int) -> dict[str, float]:
-    """Medians of 7 after 2 to warm up, the device waited for:
+    """Medians of 10 after 2 to warm up, the device waited for, each NAME with NAME_p20 and NAME_p80, its 20 % and 80 %
+    quantiles:
 
     throughput, throughput_decoded: images/s at `batch`, without and with decoding latents to pixels.
     latency, latency_decoded: seconds for a single image, likewise.
     text_throughput, text_latency: the text encoder alone, prompts/s at `batch` and seconds for a single one.
 
     The text encoder is in none of the first four, the noise is on the device before the clock starts, and images stay
-    on it. The VAE is in bf16 where the teacher would be.
+    on it. The VAE's weights are kept as the teacher's would be.
     """
     device = next(sampler.net.parameters()).device
     precision = weights_dtype(dtype_of(sampler.config.teacher.precision, device))
     vae = sampler.pipeline.load_vae(precision).to(device)
     one, many = (_Timed(sampler, vae, prompts[:size], steps, guidance, size) for size in (1, batch))
-    return {
-        "throughput": batch / many.seconds(many.sample),
-        "throughput_decoded": batch / many.seconds(many.sample_and_decode),
+    found = {
+        "throughput": many.rates(many.sample),
+        "throughput_decoded": many.rates(many.sample_and_decode),
         "latency": one.seconds(one.sample),
         "latency_decoded": one.seconds(one.sample_and_decode),
-        "text_throughput": batch / many.seconds(many.encode),
+        "text_throughput": many.rates(many.encode),
         "text_latency": one.seconds(one.encode),
     }
+    return {key: value for name, values in found.items() for key, value in _summary(name, values).items()}
+
+
+def _summary(name: str, values: list[float]) -> dict[str, float]:
+    low, *_, high = quantiles(values, n=5, method="inclusive")
+    return {name: median(values), f"{name}_p20": low, f"{name}_p80": high}
 
 
 class _Timed:
@@ -62,10 +69,14 @@ class _Timed:
     def sample_and_decode(self) -> list[Tensor]:
         return list(decode_in_parts(self.vae, self.sample(), self.sampler.pipeline.compression))
 
-    def seconds(self, call: Callable[[], object]) -> float:
+    def rates(self, call: Callable[[], object]) -> list[float]:
+        """Images or prompts a second."""
+        return [len(self.prompts) / seconds for seconds in self.seconds(call)]
+
+    def seconds(self, call: Callable[[], object]) -> list[float]:
         for _ in range(WARM_UP):
             call()
-        return median(self._once(call) for _ in range(REPEATS))
+        return [self._once(call) for _ in range(REPEATS)]
 
     def _once(self, call: Callable[[], object]) -> float:
         self._wait()

@@ -48,7 +48,8 @@ def _metadata(made_from: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fingerprint(pipeline: Pipeline) -> dict[str, Any]:
-    """What tells pipelines' images apart: the weights of a folder, the name and revision of a hub id."""
+    """What tells pipelines' images apart: weights, VAE and scheduler of a folder; of a hub id its name and revision
+    alone, so that one whose files change behind its name goes unnoticed."""
     folder = Path(pipeline.location)
     if not folder.is_dir():
         return {"hub": pipeline.location, "revision": pipeline.revision}

@@ -81,7 +81,7 @@ def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]
     return {
         "run": str(Path(source.path).resolve()),
         "checkpoint": newest.name,
-        "manifest": sha256(newest / MANIFEST),
+        "manifest": distributed.run_on_main(lambda: sha256(newest / MANIFEST)),
         "weights": "ema" if average else "last",
         "pipeline": decoded_by,
         **_meaning(config),
@@ -89,9 +89,11 @@ def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]
 
 
 def _meaning(config: Config) -> dict[str, Any]:
-    """The parts of a configuration that decide what comes of weights, a prompt and noise."""
+    """The parts of a configuration that decide what comes of weights, a prompt and noise. A text encoder is known by
+    its name or path alone."""
     return {
-        "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens"}),
+        "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens", "precision"}),
+        "timestep_scale": config.teacher.timestep_scale,
         "null_mask": config.teacher.null_mask,
         "image_size": config.teacher.image_size,
         "t_max": config.teacher.t_max,

@@ -60,6 +60,8 @@ def main() -> None:
     for steps in arguments.steps:
         if not 1 <= steps <= 1000:
             raise UserError(f"--steps {steps}: give numbers from 1 to 1000")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: give at least 0")
 
     from tbcm.figures import style
     from tbcm.figures.subject import Request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,23 +32,34 @@ class Curves:
 
 @dataclass(frozen=True)
 class Noises:
-    """Equivalent noise [P, N, C, h, w], in units of sigma_d, and the curves of it."""
+    """Equivalent noise in units of sigma_d: the curves of all of it, and by prompt [K, C, h, w] at the points that were
+    asked for; `x0` [P, C, h, w] of every prompt, in the same units."""
 
     curves: Curves
-    forward: Tensor
-    backward: Tensor
+    forward: dict[int, Tensor]
+    backward: dict[int, Tensor]
     x0: Tensor
 
 
-def compute(subject: Subject, steps: int) -> Noises:
-    """Both processes share x_0, the teacher's end point, and the noise z that it was made from."""
-    backward = subject.trajectory(subject.schedule(steps))
-    t, z, x0 = backward.t, subject.noise, backward.x0
-    of_forward = quantities.equivalent_noise(quantities.forward_states(x0, z, t), x0, t)
-    of_backward = quantities.equivalent_noise(backward.x, x0, t)
-    of_predicted = quantities.equivalent_noise(backward.x, quantities.predicted_x0(backward), t)
-    curves = Curves(t[0], *(quantities.cosine(noise, z) for noise in (of_forward, of_backward, of_predicted)))
-    return Noises(curves, of_forward / subject.sigma_data, of_backward / subject.sigma_data, x0 / subject.sigma_data)
+def compute(subject: Subject, t: Tensor, kept: Mapping[int, Sequence[int]]) -> Noises:
+    """Both processes share x_0, the teacher's end point, and the noise z that it was made from.
+
+    `t` [1, N] are the times; `kept`: for some prompts the indices of those whose noise is to be had.
+    """
+    sigma_data, curves, ends = subject.sigma_data, [], []
+    forward, backward = {}, {}
+    for some, part in subject.trajectories(t):
+        z, x0 = subject.noise[some], part.x0
+        of_forward = quantities.equivalent_noise(quantities.forward_states(x0, z, part.t), x0, part.t)
+        of_backward = quantities.equivalent_noise(part.x, x0, part.t)
+        of_predicted = quantities.equivalent_noise(part.x, quantities.predicted_x0(part), part.t)
+        curves.append([quantities.cosine(noise, z) for noise in (of_forward, of_backward, of_predicted)])
+        ends.append(x0 / sigma_data)
+        for i in sorted(kept.keys() & set(range(some.start, some.stop))):
+            points = list(kept[i])
+            forward[i] = of_forward[i - some.start, points] / sigma_data
+            backward[i] = of_backward[i - some.start, points] / sigma_data
+    return Noises(Curves(t[0], *map(torch.cat, zip(*curves, strict=True))), forward, backward, torch.cat(ends))
 
 
 def draw_curves(axes: Axes, curves: Curves, t_max: float) -> None:
@@ -77,17 +89,18 @@ def curve_numbers(curves: Curves) -> dict[str, object]:
 
 def make(request: Request) -> Drawing:
     subject = Subject(request, PROMPTS)
-    noises = compute(subject, request.one_steps(STEPS))
-    curves, columns = noises.curves, spread_over(noises.curves.t.tolist(), _TIMES)
+    t = subject.schedule(request.one_steps(STEPS))
+    columns = spread_over(t[0].tolist(), _TIMES)
     chosen = list(range(0, len(subject), -(-len(subject) // _STRIPS)))
+    noises = compute(subject, t, dict.fromkeys(chosen, columns))
+    curves = noises.curves
 
     size = subject.config.teacher.image_size
     left, top, gap = 120, 2 * style.LINE, 4
     cell = style.cell_size(style.WIDTH - left - 10, len(columns) + 1, size)
     figure = style.page(len(chosen) * (2 * cell + 3 * style.LINE) + top + 360)
     for i in chosen:
-        rows = [[noise[i, k] for k in columns] for noise in (noises.forward, noises.backward)]
-        images = [subject.images(torch.stack([*row, noises.x0[i]])) for row in rows]
+        images = [subject.images(torch.stack([*row[i], noises.x0[i]])) for row in (noises.forward, noises.backward)]
         style.write(figure, left, top - 8, f"“{subject.prompts[i]}”", style="italic", va="bottom")
         bottom = style.mosaic(figure, left, top, images, cell, gap)
         for row, name in enumerate(("forward", "backward")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,14 @@ def read_reports(paths: Sequence[str]) -> tuple[str, list[Point]]:
     has `steps`, `throughput` and `fid` or `kid`. The label is a row's or the report's `label`, else its source's path.
     Rows without speed or quality are left out.
 
-    Raises UserError where a file is no report, or the reports have nothing in common to draw.
+    Raises UserError where a file is no report, the reports have nothing in common to draw, or two say that they were
+    made otherwise: with other prompts, on another device.
     """
     if not paths:
         raise UserError("fid-throughput: give reports of tbcm.evaluate (report.json) after the name")
-    rows = [row for path in paths for row in _rows(Path(path))]
+    reports = {path: _read(path) for path in map(Path, paths)}
+    _require_alike(reports)
+    rows = [row for path, report in reports.items() for row in _rows(path, report)]
     for measure in ("fid", "kid"):
         if all(_number(row, measure) is not None for row in rows):
             return measure, [
@@ -51,18 +54,45 @@ def read_reports(paths: Sequence[str]) -> tuple[str, list[Point]]:
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Any:
     path = path / "report.json" if path.is_dir() else path
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the report: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not a JSON report: {error}") from None
+
+
+def _require_alike(reports: Mapping[Path, Any]) -> None:
+    """In all that two of them say."""
+    said: dict[str, tuple[Path, object]] = {}
+    for path, report in reports.items():
+        for what, value in _circumstances(report).items():
+            first, other = said.setdefault(what, (path, value))
+            if value != other:
+                raise UserError(
+                    f"fid-throughput: {first} and {path} differ in {what} ({other} and {value}), so they cannot share"
+                    " an axis: evaluate both in the same way"
+                )
+
+
+def _circumstances(report: Any) -> dict[str, object]:
+    """What quality and throughput depend on beside the sampler; nothing for what a report does not say."""
+    if not isinstance(report, dict):
+        return {}
+    options, facts = report.get("options") or {}, report.get("facts") or {}
+    found = {what: report.get(what) for what in ("images", "prompts", "network", "reference")}
+    found |= {"batch": options.get("batch"), "device": facts.get("device")}
+    return {what: value for what, value in found.items() if value is not None}
+
+
+def _rows(path: Path, report: Any) -> list[dict[str, Any]]:
     head = report if isinstance(report, dict) else {}
     rows = head.get("results", [report]) if head else report
     source = head.get("source")
-    label = head.get("label") or (source.get("path") if isinstance(source, dict) else source) or path.parent.name
+    folder = path if path.is_dir() else path.parent
+    label = head.get("label") or (source.get("path") if isinstance(source, dict) else source) or folder.name
     if (head.get("options") or {}).get("teacher"):
         label = f"{label}, teacher"
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -9,7 +9,7 @@ from tbcm.errors import UserError
 from tbcm.figures import style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, choose_prompts, is_student, open_teacher, teacher_config
-from tbcm.generation import Sampler, open_sampler
+from tbcm.generation import Sampler, default_guidance, open_sampler
 from tbcm.student import PIPELINE_CONFIG, open_source
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,13 @@ def make(request: Request) -> Drawing:
     sampler = student or teacher
     assert sampler is not None
     prompts = choose_prompts(sampler.config, request.prompt_file, request.prompts or PROMPTS)
+    guidance = default_guidance(sampler.config) if request.guidance is None else request.guidance
     steps = request.steps or STEPS
     arms = [("student", student, n) for n in steps] if student else [("teacher", teacher, n) for n in steps]
     if teacher and ("teacher", teacher, TEACHER_STEPS) not in arms:
         arms.append(("teacher", teacher, TEACHER_STEPS))
     rows = {
-        f"{name}\n{n} step{'s' if n > 1 else ''}": arm(prompts, steps=n, guidance=request.guidance, seed=request.seed)
+        f"{name}\n{n} step{'s' if n > 1 else ''}": arm(prompts, steps=n, guidance=guidance, seed=request.seed)
         for name, arm, n in arms
         if arm
     }
@@ -64,8 +65,8 @@ def make(request: Request) -> Drawing:
 
     shown = ", ".join(label.replace("\n", " in ") for label in rows)
     caption = (
-        f"Samples of '{request.source}' (paper Figs. 2, 11, 12): {shown}; one prompt and one noise in a column, seed"
-        f" {request.seed}, {len(prompts)} prompts spread over the prompt file, not picked."
+        f"Samples of '{request.source}' (paper Figs. 2, 11, 12): {shown}; one prompt and one noise in a column,"
+        f" guidance {guidance:g}, seed {request.seed}, {len(prompts)} prompts spread over the prompt file, not picked."
     )
-    numbers = {"source": request.source, "seed": request.seed, "guidance": request.guidance, "prompts": prompts}
+    numbers = {"source": request.source, "seed": request.seed, "guidance": guidance, "prompts": prompts}
     return Drawing(figure, numbers | {"rows": [label.replace("\n", ", ") for label in rows]}, caption)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 from tbcm.build import build_black_latent, build_prompts, build_teacher, build_text, pipeline_of
 from tbcm.config import Config, Data, Route, load_config
 from tbcm.errors import UserError
-from tbcm.generation import NoiseSource, Sampler, teacher_times
+from tbcm.generation import NoiseSource, Sampler, default_guidance, teacher_times
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
 from tbcm.models.loading import Pipeline
@@ -89,8 +89,7 @@ class Subject:
         self.config = teacher_config(request.source)
         self.prompts = choose_prompts(self.config, request.prompt_file, request.prompts or prompts)
         self.sampler = open_teacher(self.config, request.device)
-        scales = sorted(self.config.method.guidance)
-        self.guidance = scales[len(scales) // 2] if request.guidance is None else request.guidance
+        self.guidance = default_guidance(self.config) if request.guidance is None else request.guidance
         self.sigma_data, self.t_max = self.config.method.sigma_data, self.config.teacher.t_max
 
     def __len__(self) -> int:
@@ -119,11 +118,13 @@ class Subject:
         route, source = route_of(self.config, kind, points), generator("cpu", self.seed, points, kind)
         return draw_route(route, len(self), self.t_max, self.sigma_data, source)
 
-    def trajectory(self, t: Tensor) -> Trajectory:
-        """All prompts' trajectories along t [P or 1, N], on the CPU."""
-        parts = [self._follow(t, start) for start in range(0, len(self), self.sampler.batch)]
-        names = ("x", "dxdt", "t", "x0", "guidance")
-        return Trajectory(*(torch.cat([getattr(part, name).cpu() for part in parts]) for name in names))
+    def trajectories(self, t: Tensor) -> Iterator[tuple[slice, Trajectory]]:
+        """The prompts' trajectories along t [P or 1, N], on the CPU, a few prompts at a time: of Sana at 1,024 pixels
+        those of all would be gigabytes. With each the prompts that it is of."""
+        for start in range(0, len(self), self.sampler.batch):
+            part = self._follow(t, start)
+            some = slice(start, start + len(part.x0))
+            yield some, Trajectory(part.x.cpu(), part.dxdt.cpu(), part.t.cpu(), part.x0.cpu(), part.guidance.cpu())
 
     def end_points(self, t: Tensor) -> Tensor:
         """Where they end: scaled latents xbar_0 [P, C, h, w], on the CPU."""

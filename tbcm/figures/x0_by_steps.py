@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tbcm.figures import quantities, style
+from tbcm.figures import quantities, style, x0_by_route
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, Subject
-from tbcm.figures.x0_by_route import EXACT_STEPS, SCHEDULES, draw_images, end_points, exact, page_height
+from tbcm.figures.x0_by_route import SCHEDULES, draw_images, end_points, exact, page_height
 
 PROMPTS = 32
 POINTS = (8, 12, 16, 20)  # the paper's Tab. 5
@@ -15,7 +15,7 @@ _SHOWN = "reference"
 def make(request: Request) -> Drawing:
     subject = Subject(request, PROMPTS)
     counts = sorted(request.steps or POINTS)
-    reference, rows = exact(subject), {}
+    reference, rows, exact_steps = exact(subject), {}, x0_by_route.EXACT_STEPS
     means: dict[str, list[float]] = {kind: [] for kind in SCHEDULES}
     spreads: dict[str, list[float]] = {kind: [] for kind in SCHEDULES}
     for kind in SCHEDULES:
@@ -26,7 +26,7 @@ def make(request: Request) -> Drawing:
             spreads[kind].append(round(float(spread), 4))
             if kind == _SHOWN:
                 rows[f"{points} points"] = x0
-    rows[f"{EXACT_STEPS}\nflow-Euler\nsteps"] = reference
+    rows[f"{exact_steps}\nflow-Euler\nsteps"] = reference
 
     figure = style.page(page_height(subject, len(rows)) + 390)
     bottom = draw_images(figure, subject, rows)
@@ -36,7 +36,7 @@ def make(request: Request) -> Drawing:
         x = [points + (k - 1.5) * shift for points in counts]
         axes.errorbar(x, means[kind], spreads[kind], marker="o", markersize=4, color=colour, capsize=3, label=label)
     axes.set_xticks(counts)
-    axes.set(xlabel="points of the route", ylabel=f"relative error of x₀\nagainst {EXACT_STEPS} steps", ylim=(0, None))
+    axes.set(xlabel="points of the route", ylabel=f"relative error of x₀\nagainst {exact_steps} steps", ylim=(0, None))
     style.legend_above(axes, len(SCHEDULES))
 
     words = "; ".join(
@@ -45,8 +45,8 @@ def make(request: Request) -> Drawing:
     caption = (
         f"End points x_0 of the teacher '{subject.name}' by number of points (paper App. B, Fig. 9b), images along"
         f" reference routes, guidance {subject.guidance:g}, the same noise in a column. Mean relative error in latent"
-        f" space against {EXACT_STEPS} flow-Euler steps over {len(subject)} prompts, a route each, at"
+        f" space against {exact_steps} flow-Euler steps over {len(subject)} prompts, a route each, at"
         f" {', '.join(map(str, counts))} points: {words}. Bars: standard deviation over prompts."
     )
-    numbers = {"points": counts, "exact_steps": EXACT_STEPS, "mean": means, "spread": spreads}
+    numbers = {"points": counts, "exact_steps": exact_steps, "mean": means, "spread": spreads}
     return Drawing(figure, subject.facts | numbers, caption)

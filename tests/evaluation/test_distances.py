@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tbcm.evaluation import distances
-from tbcm.evaluation.distances import fid, kid, kid_spread, split
+from tbcm.evaluation.distances import fid, kid, split
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -63,17 +63,6 @@ def test_kid_is_unbiased(shift: float) -> None:
     standard_error = np.std(values) / math.sqrt(len(values))
     assert abs(np.mean(values) - expected) < 4 * standard_error
     assert standard_error < 0.03 * max(expected, 10)
-
-
-def test_kid_spread_tells_how_far_subsets_scatter() -> None:
-    """Subsets far smaller than the sets are nearly independent samples, whose scatter can be had directly."""
-    d, size = 3, 20
-    spread = kid_spread(normal(1000, d), normal(1000, d, seed=1), size, subsets=300)
-    direct = np.std([kid(normal(size, d, seed=i), normal(size, d, seed=9_000 + i)) for i in range(300)])
-    assert spread == pytest.approx(direct, rel=0.3)
-    assert kid_spread(normal(8, d), normal(9, d), size=8, subsets=2) < 1e3  # all of x at once is allowed
-    with pytest.raises(ValueError, match="from 2 to 8"):
-        kid_spread(normal(8, d), normal(9, d), size=9)
 
 
 def test_fid_closed_form_for_covariances_that_do_not_commute() -> None:

@@ -29,7 +29,7 @@ def test_network_and_preprocessing_recognise_a_photograph() -> None:
     photograph = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
     square = photograph.crop((0, 0, 512, 512))
     pooled = features(torch.from_numpy(np.array(square)).permute(2, 0, 1)[None])
-    classifier = efficientnet._network(torch.device("cpu"))._fc
+    classifier = efficientnet.load_network(torch.device("cpu"))._fc
     probabilities = classifier(pooled).softmax(1)[0]
     assert int(probabilities.argmax()) == 652
     assert probabilities[652] > 0.3
@@ -42,7 +42,7 @@ def test_features_refuse_other_tensors() -> None:
 
 
 def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    efficientnet._network.cache_clear()
+    efficientnet.load_network.cache_clear()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"pip install tbcm\[emoji\]"):
         features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

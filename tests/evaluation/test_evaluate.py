@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import on_ranks
 from tiny import write_config, write_teacher
 
 from tbcm import evaluate, export, train
+from tbcm.evaluation import efficientnet, run
 from tbcm.evaluation.run import Options
 from tbcm.evaluation.run import evaluate as evaluate_options
 
@@ -43,14 +45,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """Runs the command in `home`: exit code, stdout, stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(home)
         monkeypatch.setattr(sys, "argv", ["tbcm.evaluate", *map(str, arguments), "--device", "cpu"])
         code = evaluate.main()
         out, err = capsys.readouterr()
         return code, out, err
 
-    return run
+    return command
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -77,10 +79,12 @@ def test_a_run_against_images_in_mjhqs_layout(call: Call, tmp_path: Path) -> Non
     for row in found["results"]:
         assert set(row) - {"steps"} <= set(found["units"]), "every value says what it is"
         assert row["fid"] > 0 and row["agreement_error"] > 0 and 0 <= row["clip_score"] <= 100
-        assert all(row[name] > 0 for name in ("throughput", "throughput_decoded", "latency", "latency_decoded"))
+        assert row["throughput_decoded"] > 0 and 0 < row["throughput_p20"] <= row["throughput"] <= row["throughput_p80"]
+        assert row["latency_decoded"] > 0 and 0 < row["latency_p20"] <= row["latency"] <= row["latency_p80"]
     assert found["floor"]["n"] == 3 and found["source"]["checkpoint"] == "step-00000002"
     assert found["source"]["weights"] == "ema" and found["facts"]["torch"] == torch.__version__
     assert len(list(tmp_path.glob("images/1-step-*/*.png"))) == 5
+    assert found["network"].startswith("inception ")
     assert "clip_score" in out and "report.json" in out
 
 
@@ -116,6 +120,7 @@ def on_a_rank(home: Path, out: Path) -> None:
     options = Options(
         str(home / "run"),
         out,
+        out / "cache",
         [2],
         reference=home / "mjhq",
         inception=str(home / "inception.pt"),
@@ -136,6 +141,64 @@ def test_two_ranks_report_what_one_does(call: Call, home: Path, tmp_path: Path) 
     assert one == two and len(one) == 6
 
 
+class Judge:
+    """Of emoji: what it was asked for."""
+
+    prompts = ("red panda, noto", "pizza, fluent")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., dict[str, float]]:
+        return lambda *images: self.asked.append(name) or {}
+
+    def __call__(self, images: torch.Tensor) -> dict[str, float]:
+        return self.__getattr__("all")(images)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "asked"),
+    [
+        (["distance", "text"], ["all", "floor", "text_floor"]),
+        (["distance"], ["distances", "floor"]),
+        (["text"], ["text", "text_floor"]),
+    ],
+)
+def test_of_emoji_only_what_is_asked_for_is_measured(
+    metrics: list[str], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("load_network", "read"):
+        monkeypatch.setattr(run, name, lambda *arguments: None)
+    monkeypatch.setattr(run, "EmojiJudge", Judge)
+    subjects: Any = SimpleNamespace(teacher=SimpleNamespace(sampler=None))
+    options = Options("emoji", tmp_path, tmp_path, [1], images=2)
+    measure = run._measure_emoji(options, subjects, metrics, torch.device("cpu"))
+    measure.of([])
+    measure.floor()
+    assert measure.of.__closure__ is not None
+    (judge,) = (cell.cell_contents for cell in measure.of.__closure__ if isinstance(cell.cell_contents, Judge))
+    assert judge.asked == asked and measure.network == ("efficientnet-lite0" if "distance" in metrics else None)
+
+
+def test_a_source_has_a_report_of_its_own(call: Call, home: Path) -> None:
+    arguments = ["run", "--prompts", "prompts.txt", "--metrics", "agreement", "--steps", 1]
+    assert call(*arguments)[0] == call(*arguments, "--teacher")[0] == 0
+    student, teacher = (report(home / "evaluation" / name)["source"] for name in ("run", "run-teacher"))
+    assert student["path"] == teacher["path"] == "run"
+    assert student["weights"] == "ema" and teacher["teacher"]
+    assert evaluate.default_out("hub/name", teacher=False) == Path("evaluation/name")
+
+
+def test_missing_packages_are_found_before_anything_is_generated(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efficientnet.load_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    result = call("emoji", "--teacher", "--images", 2, "--metrics", "distance", "--steps", 1, "--out", tmp_path)
+    assert_one_line(result, "pip install tbcm[emoji]")
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_each_missing_thing_is_one_line(call: Call, home: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path]
     mjhq = ["--reference", "mjhq"]
@@ -152,6 +215,6 @@ def test_each_missing_thing_is_one_line(call: Call, home: Path, tmp_path: Path) 
     assert_one_line(call("run", *mjhq, "--agree-with", "emoji", *out), "[8, 8, 8]", "[4, 8, 8]")
     assert_one_line(call("emoji", *out), "--teacher")
     assert_one_line(call("emoji", "--teacher", "--images", 2401, *out), "--images 2401", "2400")
-    for option, value in (("--steps", 0), ("--steps", 1001), ("--images", 1), ("--batch", 0)):
+    for option, value in (("--steps", 0), ("--steps", 1001), ("--images", 1), ("--batch", 0), ("--seed", -1)):
         assert_one_line(call("run", option, value, *out), f"{option} {value}", "at least")
     assert not list(tmp_path.rglob("*.png"))

@@ -10,6 +10,7 @@ from helpers import tiny_sana
 from tiny import PROMPTS, HashEncoder, tiny_config, write_teacher
 from torch import Tensor
 
+import tbcm
 from tbcm.evaluation.generated import Generated, read
 from tbcm.generation import Sampler
 from tbcm.models.loading import Pipeline, freeze
@@ -19,13 +20,13 @@ from tbcm.rollouts import TextConditions
 SIZE = 64
 
 
-def generated(home: Path, folder: Path, *, batch: int = 2, seed: int = 3, steps: int = 2) -> Generated:
+def generated(home: Path, folder: Path, *, batch: int = 2, seed: int = 3, precision: str = "fp32") -> Generated:
     net = SanaTrigFlow(tiny_sana(guidance_embeds=True), timestep_scale=1.0, differentiable=False)
     freeze(net)
-    config, pipeline = tiny_config(home), Pipeline(str(home / "teacher"))
+    config, pipeline = tiny_config(home, student={"precision": precision}), Pipeline(str(home / "teacher"))
     text = TextConditions(HashEncoder(), "own")
     sampler = Sampler(net, text, config, pipeline, teacher=False, batch=batch)
-    return Generated(sampler, {"weights": "tiny"}, PROMPTS, steps=steps, guidance=2.5, seed=seed, folder=folder)
+    return Generated(sampler, {"weights": "tiny"}, PROMPTS, steps=2, guidance=2.5, seed=seed, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,16 @@ def test_other_settings_have_another_folder(home: Path, whole: Tensor, tmp_path:
     first, other = generated(home, tmp_path).images(), generated(home, tmp_path, seed=4).images()
     assert first[0].parent != other[0].parent
     assert not torch.equal(read(other, SIZE), read(first, SIZE))
+
+
+def test_another_version_or_precision_is_made_anew(
+    home: Path, whole: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, half = generated(home, tmp_path).images(), generated(home, tmp_path, precision="bf16").images()
+    assert not torch.equal(read(half, SIZE), read(first, SIZE))
+    monkeypatch.setattr(tbcm, "__version__", "another")
+    again = generated(home, tmp_path).images()
+    assert len({files[0].parent for files in (first, half, again)}) == 3
 
 
 def test_latents_do_not_depend_on_the_batch_and_are_kept(

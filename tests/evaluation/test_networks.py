@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_inception_that_is_missing_or_something_else(tmp_path: Path, monkeypatch
 def test_clip_scores_are_the_models_own_cosines(tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "clip")
     captions = ["a cat", "dog, b", "a very long caption that is cut off"]
-    scores = Clip(str(folder), CPU).scores(images(3).split(2), captions)
+    scores, wrong = Clip(str(folder), CPU).scores(images(3).split(2), captions)
     model = CLIPModel.from_pretrained(folder).eval()
     tokens = CLIPTokenizer.from_pretrained(folder)(
         captions, padding=True, truncation=True, max_length=12, return_tensors="pt"
@@ -62,11 +63,23 @@ def test_clip_scores_are_the_models_own_cosines(tmp_path: Path) -> None:
     pixels = CLIPImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
         answer = model(**tokens, pixel_values=pixels)
-    cosines = (answer.logits_per_image / model.logit_scale.exp()).diagonal()
-    torch.testing.assert_close(scores, 100 * cosines.clamp(min=0).detach())
-    assert scores.std() > 0
+    cosines = (answer.logits_per_image / model.logit_scale.exp()).clamp(min=0).detach()
+    torch.testing.assert_close(scores, 100 * cosines.diagonal())
+    torch.testing.assert_close(wrong, 100 * torch.stack([cosines[0, 1], cosines[1, 2], cosines[2, 0]]))
+    assert scores.std() > 0 and (scores - wrong).abs().min() > 1e-3
 
 
 def test_clip_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no CLIP model in .*empty.*--clip.*--metrics"):
         Clip(str(tmp_path / "empty"), CPU)
+
+
+def test_clip_whose_packages_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers says it, which asks for torchvision when a processor is made, not when it is imported."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise ImportError("\nCLIPImageProcessor requires the Torchvision library\nhow to install it")
+
+    monkeypatch.setattr(CLIPImageProcessor, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"requires the Torchvision library\): install.*--metrics$"):
+        Clip(str(write_clip(tmp_path / "clip")), CPU)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tbcm import figures
 from tbcm.errors import UserError
 from tbcm.figures import __main__ as command_line
-from tbcm.figures import style
+from tbcm.figures import noise_distribution, style, x0_by_route
+from tbcm.figures.equivalent_noise import compute
 from tbcm.figures.fid_throughput import read_reports
-from tbcm.figures.subject import spread_over
+from tbcm.figures.subject import Request, Subject, spread_over
 
 WORDS = {
     "equivalent-noise": ["Eq. 8", "1.000"],
-    "noise-distribution": ["t-SNE", "1.000"],
+    "noise-distribution": ["t-SNE", "1.000", "perplexity 5)", "7 nearest neighbours"],
     "routes": ["20,000", "reference"],
-    "x0-by-route": ["flow Euler 0", "random 0"],
-    "x0-by-steps": ["3, 4 points"],
+    "x0-by-route": ["flow Euler 0", "random 0", "against 6 flow-Euler steps"],
+    "x0-by-steps": ["3, 4 points", "against 6 flow-Euler steps"],
     "brightness": ["mse_b", "Threshold 1"],
     "samples": ["student in 1 step", "teacher in 20 steps"],
 }
@@ -57,12 +60,30 @@ def assert_drawn(out: Path, name: str, printed: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", WORDS)
 def test_figures_of_a_run(call: Any, run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tbcm.figures.x0_by_route.EXACT_STEPS", 6)
-    prompts = 12 if name == "noise-distribution" else 3
+    monkeypatch.setattr(x0_by_route, "EXACT_STEPS", 6)
+    prompts = 11 if name == "noise-distribution" else 3
     code, out, err = call(name, run, "--prompts", prompts, "--steps", *STEPS.get(name, ["4"]), "--out", tmp_path)
     assert code == 0, err
     numbers = assert_drawn(tmp_path, name, out)
     assert all(word in numbers["caption"] for word in WORDS[name]), numbers["caption"]
+    assert numbers.get("exact_steps", 6) == 6 and numbers.get("guidance", 3.0) == 3.0
+
+
+def test_noise_is_computed_a_few_prompts_at_a_time_and_only_what_is_drawn_kept(run: Path) -> None:
+    subject = Subject(Request((str(run),), prompts=5, device="cpu"), 5)
+    t = subject.schedule(4)
+    whole = compute(subject, t, {i: range(4) for i in range(5)})
+    subject.sampler.batch = 2
+    parts = compute(subject, t, {1: [0, 3], 4: [2]})
+    for name in ("forward", "backward", "predicted"):
+        torch.testing.assert_close(getattr(parts.curves, name), getattr(whole.curves, name))
+    torch.testing.assert_close(parts.x0, whole.x0)
+    for ours, all_of_it in ((parts.forward, whole.forward), (parts.backward, whole.backward)):
+        assert ours.keys() == {1, 4}
+        torch.testing.assert_close(ours[1], all_of_it[1][[0, 3]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[4], all_of_it[4][[2]], rtol=1e-4, atol=1e-5)
+    z = subject.noise[4] / subject.sigma_data
+    torch.testing.assert_close(whole.forward[4], z.double().expand(4, -1, -1, -1), rtol=1e-4, atol=1e-5)
 
 
 def test_every_name_is_tested_and_has_a_module() -> None:
@@ -85,6 +106,31 @@ def test_fid_against_throughput(call: Any, tmp_path: Path) -> None:
         "label": "runs/a", "steps": 2, "throughput": 4.0, "quality": 5.0
     }  # fmt: skip
     assert {point["label"] for point in numbers["points"]} == {"runs/a", "runs/a, teacher"}
+
+
+ALIKE = {"images": 9, "prompts": "aa", "network": "n", "reference": "r", "options": {"batch": 4}}
+ALIKE |= {"facts": {"device": "cpu (x)"}}
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        ({"images": 8}, "images (9 and 8)"),
+        ({"prompts": "bb"}, "prompts (aa and bb)"),
+        ({"network": "m"}, "network (n and m)"),
+        ({"reference": "s"}, "reference (r and s)"),
+        ({"options": {"batch": 5}}, "batch (4 and 5)"),
+        ({"facts": {"device": "cuda"}}, "device (cpu (x) and cuda)"),
+    ],
+)
+def test_reports_that_cannot_share_an_axis(tmp_path: Path, head: dict[str, Any], words: str) -> None:
+    one, same, silent, other = (
+        str(report(tmp_path / name, **said))
+        for name, said in (("one", ALIKE), ("same", ALIKE), ("silent", {}), ("other", {**ALIKE, **head}))
+    )
+    assert len(read_reports([one, same, silent])[1]) == 6
+    with pytest.raises(UserError, match=re.escape(f"{one} and {other} differ in {words}")):
+        read_reports([one, same, silent, other])
 
 
 def test_reports_of_other_shapes(tmp_path: Path) -> None:
@@ -128,6 +174,7 @@ def test_bad_input_is_one_line(call: Any, run: Path, tmp_path: Path, monkeypatch
     assert "nowhere" in refused("brightness", tmp_path / "nowhere")
     assert "--prompts 0" in refused("routes", run, "--prompts", 0)
     assert "--steps 0" in refused("routes", run, "--steps", 0)
+    assert "--seed -1: give at least 0" in refused("routes", run, "--seed", -1)
     assert "at least 2 points" in refused("routes", run, "--steps", 1)
     assert "one number" in refused("routes", run, "--steps", 4, 8)
     assert "one run or teacher" in refused("routes", run, run)
@@ -136,6 +183,7 @@ def test_bad_input_is_one_line(call: Any, run: Path, tmp_path: Path, monkeypatch
     assert "at least 10" in refused("noise-distribution", run, "--prompts", 4)
     assert "give reports" in refused("fid-throughput")
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    monkeypatch.delattr(noise_distribution, "compute")  # the package is looked for before anything is rolled out
     assert "pip install tbcm[figures]" in refused("noise-distribution", run, "--prompts", 12, "--steps", 4)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "tbcm.figures.style")
