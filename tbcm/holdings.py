@@ -24,9 +24,13 @@ def holdings(trainer: Trainer) -> dict[str, int]:
         "student": _bytes(tensors(trainer.student)),
         "gradients": _bytes(trainer.parameters),
         "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
-        "discriminator": 4 * _bytes(tensors(trainer.adversary.heads)) if trainer.adversary else 0,
+        "discriminator": _of_discriminator(trainer.adversary.heads) if trainer.adversary else 0,
         "average": _bytes(trainer.ema.shadow.values()),
     }
+
+
+def _of_discriminator(heads: nn.Module) -> int:
+    return _bytes(tensors(heads)) + 3 * _bytes(heads.parameters())
 
 
 def on_a_rank(whole: Mapping[str, int], shard: int, *, accumulates: bool) -> dict[str, int]:
