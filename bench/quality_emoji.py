@@ -17,7 +17,7 @@ from tbcm.config import Config
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.emoji import TEACHER_STEPS, EmojiJudge, middle, spread
 from tbcm.evaluation.speed import speed
-from tbcm.evaluation.stored import fingerprint, key, stored
+from tbcm.evaluation.stored import key, stored, teacher_origin
 from tbcm.generation import Sampler
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.runtime.checkpoint_files import checkpoints_in
@@ -91,7 +91,7 @@ class EmojiRunner:
             return {"latents": latents.cpu()}
 
         made_from = {
-            "teacher": fingerprint(self.teacher.pipeline),
+            **teacher_origin(self.teacher.pipeline, self.base, self.device),
             "guidance": guidance,
             "steps": TEACHER_STEPS,
             "seed": NOISE_SEED + seed,

@@ -122,7 +122,7 @@ class Trainer:
         self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.adversary:
+        if self.adversary:  # whose skipped update counts as well: a student must not follow heads that never learn
             finite = self.adversary.update(finite)
         self.guard.update(finite, loss)
 

@@ -17,7 +17,7 @@ from tbcm.emoji.dataset import read_atlas
 from tbcm.evaluation.alignment import RidgeMap, alignment
 from tbcm.evaluation.distances import fid, kid, split
 from tbcm.evaluation.efficientnet import features
-from tbcm.evaluation.stored import fingerprint, key, sha256, stored
+from tbcm.evaluation.stored import key, sha256, stored, teacher_origin
 from tbcm.generation import Sampler
 from tbcm.models.text import MiniLMEncoder
 
@@ -187,7 +187,7 @@ class EmojiJudge:
             return {"images": images, "features": _features(images, "features of its samples", self.device)}
 
         made_from = {
-            "teacher": fingerprint(self.teacher.pipeline),
+            **teacher_origin(self.teacher.pipeline, self.teacher.config, self.device),
             "guidance": guidance,
             "steps": TEACHER_STEPS,
             "seed": TEACHER_SEED,

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tbcm
+from tbcm.config import Config
 from tbcm.models.loading import Pipeline
 from tbcm.runtime.files import atomic_path
 
@@ -60,3 +63,28 @@ def fingerprint(pipeline: Pipeline) -> dict[str, Any]:
 def sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def meaning(config: Config) -> dict[str, Any]:
+    """The parts of a configuration that decide what comes of weights, a prompt and noise. A text encoder is known by
+    its name or path alone."""
+    return {
+        "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens", "precision"}),
+        "timestep_scale": config.teacher.timestep_scale,
+        "null_mask": config.teacher.null_mask,
+        "image_size": config.teacher.image_size,
+        "t_max": config.teacher.t_max,
+        "sigma_data": config.method.sigma_data,
+    }
+
+
+def teacher_origin(pipeline: Pipeline, config: Config, device: torch.device) -> dict[str, Any]:
+    """What tells a teacher's samples from others', but for their prompts and settings. Code that changes within a
+    version of this package goes unnoticed."""
+    return {
+        "pipeline": fingerprint(pipeline),
+        **meaning(config),
+        "precision": config.teacher.precision,
+        "device": device.type,
+        "tbcm": tbcm.__version__,
+    }

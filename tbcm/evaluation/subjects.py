@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from tbcm.build import build_teacher
-from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.evaluation.stored import fingerprint, sha256
+from tbcm.evaluation.stored import fingerprint, meaning, sha256
 from tbcm.generation import Sampler, open_sampler
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_files import MANIFEST
@@ -74,7 +73,7 @@ def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]
     config = source.config
     decoded_by = distributed.run_on_main(lambda: fingerprint(source.pipeline))
     if not source.is_run or teacher:
-        return {"teacher": teacher, "pipeline": decoded_by, **_meaning(config)}
+        return {"teacher": teacher, "pipeline": decoded_by, **meaning(config)}
     newest = checkpoint.latest(source.path)
     if newest is None:
         raise UserError(f"{source.path}: the run has no checkpoint yet; wait for one, or evaluate its --teacher")
@@ -84,18 +83,5 @@ def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]
         "manifest": distributed.run_on_main(lambda: sha256(newest / MANIFEST)),
         "weights": "ema" if average else "last",
         "pipeline": decoded_by,
-        **_meaning(config),
-    }
-
-
-def _meaning(config: Config) -> dict[str, Any]:
-    """The parts of a configuration that decide what comes of weights, a prompt and noise. A text encoder is known by
-    its name or path alone."""
-    return {
-        "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens", "precision"}),
-        "timestep_scale": config.teacher.timestep_scale,
-        "null_mask": config.teacher.null_mask,
-        "image_size": config.teacher.image_size,
-        "t_max": config.teacher.t_max,
-        "sigma_data": config.method.sigma_data,
+        **meaning(config),
     }

@@ -123,6 +123,16 @@ def test_what_is_expensive_is_kept_and_only_for_the_same(home: Path) -> None:
     assert fourth.calls
 
 
+def test_a_teacher_that_is_meant_otherwise_is_asked_again(home: Path) -> None:
+    cache = home / "cache"
+    judge(home, cache=cache)[0].floor()
+    other, teacher = judge(home, cache=cache)
+    section = teacher.config.teacher.model_copy(update={"null_mask": "conditional"})
+    teacher.config = teacher.config.model_copy(update={"teacher": section})
+    other.floor()
+    assert teacher.calls
+
+
 def test_other_numbers_of_images_are_refused(home: Path) -> None:
     this, _ = judge(home)
     with pytest.raises(ValueError, match="11 images for 12 prompts"):
