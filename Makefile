@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(RUN) -m tbcm.emoji.demo --out runs/demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub, which may be out of reach: retries take half a minute
 if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # references in fp32 are what kernels are compared with
 else:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import warm_processes  # noqa: F401  (what they start from)
 from torch import multiprocessing
 
 from tbcm.runtime import distributed
@@ -21,7 +22,8 @@ def free_port() -> int:
 
 def on_ranks(world: int, function: Callable[..., None], *arguments: Any) -> None:
     """`function(*arguments)` on each of `world` new processes, which form a process group. It must pickle."""
-    multiprocessing.spawn(_rank, (world, free_port(), function, arguments), nprocs=world)
+    start = world, free_port(), function, arguments
+    multiprocessing.start_processes(_rank, start, nprocs=world, start_method="forkserver")
 
 
 def _rank(rank: int, world: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

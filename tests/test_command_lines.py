@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from diffusers import SanaSprintPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import metrics, write_config, write_teacher
+from warm_processes import processes
 
 from tbcm import export, sample, train
 from tbcm.generation import open_sampler
@@ -104,7 +104,7 @@ def test_print_config_loads_nothing_and_is_a_configuration(call: Run, config: Pa
 @pytest.mark.parametrize("name", ["sana-600m", "emoji"])
 def test_dry_run_counts_parameters_flops_and_memory(call: Run, name: str) -> None:
     path = ROOT / "configs" / ("emoji.yaml" if name == "emoji" else "sana_1gpu.yaml")
-    few = ["method.route.points=2", "train.prompts_per_step=2"]
+    few = ["method.route.points=2", "train.prompts_per_step=1"]
     code, out, _ = call(train.main, path, "--dry-run", "--device", "cpu", *few)
     assert code == 0 and "accounted, not measured" in out and "TFLOP" in out
     assert {"sana-600m": "591.9 M parameters", "emoji": "5.3 M parameters"}[name] in out
@@ -272,16 +272,25 @@ def test_two_runs_in_one_folder(call: Run, config: Path, tmp_path: Path) -> None
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tbcm.train", str(config), "train.steps=100000", "log.preview_every=0"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    arguments, said = [str(config), "train.steps=100000", "log.preview_every=0"], tmp_path / "said.txt"
+    process = processes.Process(target=train_by_itself, args=(arguments, said))
+    process.start()
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in err, err
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130 and "--resume" in said.read_text(), said.read_text()
     assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def train_by_itself(arguments: list[str], said: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server that forks ignores
+    sys.argv = ["tbcm.train", *arguments]
+    with said.open("w") as sys.stderr:
+        sys.exit(train.main())
 
 
 def test_the_black_latent_is_made_once_and_kept_with_the_run(finished: Path) -> None:

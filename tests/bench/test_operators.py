@@ -6,7 +6,7 @@ from pathlib import Path
 import operators
 import pytest
 import torch
-from bench_process import bench
+from scripts import script
 from tbcm_kernels.registry import OPERATORS
 from timing import Clock
 
@@ -36,8 +36,8 @@ def test_costs_are_at_least_the_tensors_that_go_in_and_come_out(name: str) -> No
 
 
 def test_rows_of_a_real_run(tmp_path: Path) -> None:
-    done = bench(
-        "kernels.py", "--device", "cpu", "--operators", "norm_modulate", "--models", "600m", "--samples", "2",
+    done = script(
+        "bench/kernels.py", "--device", "cpu", "--operators", "norm_modulate", "--models", "600m", "--samples", "2",
         "--repeats", "3", "--out", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -57,7 +57,7 @@ def test_rows_of_a_real_run(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_one_line() -> None:
-    done = bench("kernels.py", "--samples", "20")
+    done = script("bench/kernels.py", "--samples", "20")
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: --samples 20: give 1 to 15 points of a prompt, or a multiple of 15"]
 

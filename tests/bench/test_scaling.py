@@ -13,11 +13,11 @@ import scaling
 import scaling_model
 import torch
 import torch.distributed as dist
-from bench_process import bench
 from collectives import Collectives, Traffic, ring_bytes
 from measure import flops_of, parts
 from on_ranks import Task, configuration
 from scaling_model import Cluster, Ring, Work, predict, rate, traffic, unit_bytes
+from scripts import script
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbcm.runtime import distributed
@@ -172,7 +172,7 @@ def test_rows_compare_arms_step_by_step() -> None:
 
 def test_two_ranks_measured(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--prompts", "1", "--points", "4", "--steps", "3", "--out", str(tmp_path)]
-    done = bench("scaling.py", *arguments, "--device", "cpu")
+    done = script("bench/scaling.py", *arguments, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
     assert [(row["ranks"], row["mode"], row["samples"]) for row in rows] == [

@@ -16,10 +16,10 @@ import table_report
 import table_tuning
 import tables
 import torch
-from bench_process import bench
 from quality import ARMS, Arm
 from quality_emoji import EmojiRunner
 from quality_runs import Results, Run
+from scripts import script
 from table_statistics import REPRODUCED, REVERSED
 
 from tbcm.config import load_config
@@ -264,7 +264,7 @@ def checkpoint_steps(run: Run) -> list[int]:
 def test_command_line(tmp_path: Path) -> None:
     results = Results("tables", tmp_path, 2000, CPU)
     quality_runs.do(runs_of_tables(4, 7, seeds=range(2), folder=tmp_path / "runs"), results, FakeRunner())
-    done = bench("tables.py", "--report", "--table", "3", "4", "7", "--out", str(tmp_path))
+    done = script("bench/tables.py", "--report", "--table", "3", "4", "7", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "### Table 7" in done.stdout and "Not measured yet" in done.stdout
     assert (tmp_path / "table-4.md").read_text().strip() in done.stdout

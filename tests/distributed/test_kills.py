@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from end_state import differences, unreadable
+from scripts import script
 from tiny import tiny_config, tiny_parts
 
 from tbcm.trainer import Trainer
 
-SOAK = Path(__file__).with_name("soak.py")
-
 
 def test_nothing_is_lost_to_a_few_kills(tmp_path: Path) -> None:
-    command = [sys.executable, str(SOAK), "--start", "fork", "--layouts", "ranks", "--steps", "16"]
-    command += ["--kills", "4", "--seed", "51", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    options = ["--start", "fork", "--layouts", "ranks", "--steps", "12", "--kills", "3", "--seed", "51"]
+    result = script("tests/distributed/soak.py", *options, "--out", str(tmp_path), timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 kills in" in result.stdout and "kill" in result.stdout.splitlines()[1]
+    assert "3 kills in" in result.stdout and "kill" in result.stdout.splitlines()[1]
 
 
 @pytest.fixture(scope="module")
