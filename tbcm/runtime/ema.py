@@ -24,8 +24,7 @@ class EMA:
 
     * "power": 1 - w_t = (1 - 1/t)^(gamma + 1), the power-function profile of Karras et al. 2024 (arXiv 2312.02696,
       Sec. 3.1); its width grows with training. `sigma_rel` is the profile's standard deviation over its length.
-    * "halflife": 1 - w_t = 0.5^(1 / h_t), h_t = min(halflife, ramp_up * t), halflife and t counted in samples
-      (`samples_per_update` = global batch) or in updates (1). With ramp_up None, h_t = halflife.
+    * "halflife": 1 - w_t = 0.5^(1 / h_t), h_t = min(halflife, ramp_up * t), in updates. With ramp_up None, h_t = halflife.
 
     An update that the optimiser skipped changes neither the shadow nor t: both are on the device, where the host never
     looks at them.
@@ -44,7 +43,6 @@ class EMA:
         *,
         sigma_rel: float = 0.05,
         halflife: float = 1000.0,
-        samples_per_update: float = 1.0,
         ramp_up: float | None = 0.05,
     ) -> None:
         if kind not in ("power", "halflife"):
@@ -52,8 +50,7 @@ class EMA:
         if kind == "halflife" and (halflife <= 0 or (ramp_up is not None and ramp_up <= 0)):
             raise UserError(f"EMA halflife {halflife} and ramp_up {ramp_up} must be above 0 (ramp_up may be null)")
         self.gamma = power_function_gamma(sigma_rel) if kind == "power" else None
-        self.halflife_updates = halflife / samples_per_update
-        self.ramp_up = ramp_up
+        self.halflife, self.ramp_up = halflife, ramp_up
         self.shadow = {name: param.detach().to(torch.float32, copy=True) for name, param in _trainable(model).items()}
         device = next(iter(self.shadow.values())).device
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
@@ -77,7 +74,7 @@ class EMA:
         """w_t as an fp32 scalar; through expm1 and log1p, since 1 - (1 - 1/t)^k loses its digits in fp32."""
         if self.gamma is not None:
             return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / t))
-        halflife = torch.full_like(t, self.halflife_updates)
+        halflife = torch.full_like(t, self.halflife)
         if self.ramp_up is not None:
             halflife = torch.minimum(halflife, self.ramp_up * t)
         return -torch.expm1(-math.log(2) / halflife)

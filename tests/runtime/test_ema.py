@@ -64,17 +64,17 @@ def test_power_ema_keeps_its_precision_late_in_a_long_run() -> None:
 
 
 def test_halflife_halves_the_distance() -> None:
-    ema, model = EMA(Model(1.0), "halflife", halflife=640, samples_per_update=32, ramp_up=None), Model(0.0)
-    for _ in range(20):  # 20 x 32 = 640 samples
+    ema, model = EMA(Model(1.0), "halflife", halflife=20, ramp_up=None), Model(0.0)
+    for _ in range(20):
         ema.update(model, FINITE)
     assert averaged(ema) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_halflife_ramps_up() -> None:
-    ema, model = EMA(Model(), "halflife", halflife=100, samples_per_update=10, ramp_up=0.5), Model()
+    ema, model = EMA(Model(), "halflife", halflife=10, ramp_up=0.5), Model()
     expected = 0.0
-    for count in range(1, 60):  # the ramp ends at 0.5 x 10 x 20 = 100 samples
-        beta = 0.5 ** (10 / min(100, 0.5 * 10 * count))
+    for count in range(1, 60):  # the ramp ends at 0.5 x 20 = 10 updates
+        beta = 0.5 ** (1 / min(10, 0.5 * count))
         expected = beta * expected + (1 - beta) * count
         ema.update(model.set(count), FINITE)
         assert averaged(ema) == pytest.approx(expected, rel=1e-5)
