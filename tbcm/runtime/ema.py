@@ -24,7 +24,8 @@ class EMA:
 
     * "power": 1 - w_t = (1 - 1/t)^(gamma + 1), the power-function profile of Karras et al. 2024 (arXiv 2312.02696,
       Sec. 3.1); its width grows with training. `sigma_rel` is the profile's standard deviation over its length.
-    * "halflife": 1 - w_t = 0.5^(1 / h_t), h_t = min(halflife, ramp_up * t), in updates. With ramp_up None, h_t = halflife.
+    * "halflife": 1 - w_t = 0.5^(1 / h_t), h_t = min(halflife, ramp_up * t), in updates.
+      With ramp_up None, h_t = halflife.
 
     An update that the optimiser skipped changes neither the shadow nor t: both are on the device, where the host never
     looks at them.
