@@ -1,4 +1,4 @@
-# make demo    distil the shipped emoji teacher on a CPU and report (about 12 minutes after the installation)
+# make demo    distil the shipped emoji teacher on a CPU and report (about 10 minutes after the installation)
 # make test    the tests            make lint    ruff and mypy            make clean    remove what was made
 # make soak    kill a run 30 times at random moments; it must end as if nobody had (a quarter of an hour)
 # make native  the fused optimizer step for CUDA (optional; needs the CUDA toolkit; ARCH="80 90" are its GPUs)

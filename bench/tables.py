@@ -92,11 +92,12 @@ def _table(number: int, figures: table_report.Figures, results: Results, budget:
     if number != 2:
         return table_report.markdown(TABLES[number], figures, results.images, results.floor(), {})
     students = [f"{name}, 1 step" for name in ("sCM", "Sana-Sprint", "TBCM")]
+    speeds = table_speed.cells(results)
     return "\n\n".join(
         [
-            table_report.markdown(methods, figures, results.images, results.floor(), table_speed.cells(results)),
+            table_report.markdown(methods, figures, results.images, results.floor(), speeds),
             table_report.gaps(methods, figures, students, "untrained student, 1 step", "teacher, 20 steps"),
-            table_speed.NOTE,
+            *([table_speed.NOTE] if any(row["images/s"] for row in speeds.values()) else []),
         ]
     )
 

@@ -30,6 +30,7 @@ def holdings(trainer: Trainer) -> dict[str, int]:
 
 
 def _of_discriminator(heads: nn.Module) -> int:
+    """Its weights and buffers, and of each weight the gradient and AdamW's two moments."""
     return _bytes(tensors(heads)) + 3 * _bytes(heads.parameters())
 
 

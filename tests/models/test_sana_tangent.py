@@ -88,7 +88,7 @@ def test_checkpointing_recomputes_blocks_and_changes_no_gradient(checkpointing: 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("way", "backend"),
-    [({}, "inductor"), ({"derivative": "jvp"}, "aot_eager"), ({"checkpointing": "full"}, "aot_eager")],
+    [({}, "inductor"), ({"derivative": "jvp"}, "inductor"), ({"checkpointing": "full"}, "aot_eager")],
     ids=str,
 )
 def test_compiled_predictions_and_gradients_are_the_eager_ones(
