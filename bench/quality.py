@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tbcm.config import Config, load_config
 
@@ -32,7 +32,8 @@ class Arm:
     """A network that is measured: a trained student, or one that is not trained (`net`).
 
     `change`: overrides of the configuration in configs/, as on a command line. `shares`: settings in steps, given as
-    shares of the run's steps. Arms with the same resolved configuration are one training, whatever they are called.
+    shares of the run's steps. `equal`: what it has as many of, a step and a run, as the configuration has within the
+    budget. Arms with the same resolved configuration are one training, whatever they are called.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arm:
     change: tuple[str, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     net: str = "trained"  # or "teacher", "untrained"
+    equal: Literal["samples", "prompts"] = "samples"
 
     @property
     def trained(self) -> bool:
@@ -58,8 +60,9 @@ def _route(kind: str) -> Arm:
     return Arm(f"route_{kind}", f"{kind} routes", change=(f"method.route.kind={kind}",))
 
 
-def _points(points: int) -> Arm:
-    return Arm(f"points_{points}", f"routes of {points} points", change=(f"method.route.points={points}",))
+def _points(points: int, equal: Literal["samples", "prompts"] = "samples") -> Arm:
+    name = f"points_{points}" + ("_same_prompts" if equal == "prompts" else "")
+    return Arm(name, f"routes of {points} points", change=(f"method.route.points={points}",), equal=equal)
 
 
 ARMS = {
@@ -75,6 +78,9 @@ ARMS = {
         _points(12),
         _points(16),
         _points(20),
+        _points(8, "prompts"),
+        _points(12, "prompts"),
+        _points(20, "prompts"),
         _cooled(0.25),
         _cooled(0.5),
         _cooled(0.75),
@@ -91,17 +97,18 @@ ARMS = {
 
 
 def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> Config:
-    """The run of an arm that optimises about `budget` samples.
+    """The run of an arm that optimises about `budget` samples, or as many prompts as that takes with the
+    configuration's own routes.
 
     A step optimises as many samples as the configuration file says (an arm with other routes takes other numbers of
     prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
     path = CONFIGS / arm.config
     base, changed = load_config(path), load_config(path, arm.change)
-    prompts = changed.train.prompts_per_step
+    prompts, each = changed.train.prompts_per_step, samples_per_prompt(base if arm.equal == "prompts" else changed)
     if prompts == base.train.prompts_per_step:
-        prompts = max(1, round(prompts * samples_per_prompt(base) / samples_per_prompt(changed)))
-    steps = max(1, round(budget / (prompts * samples_per_prompt(changed))))
+        prompts = max(1, round(prompts * samples_per_prompt(base) / each))
+    steps = max(1, round(budget / (prompts * each)))
     schedule: dict[str, Any] = {
         key: _scaled(changed, key, steps / changed.train.steps)
         for key in _IN_STEPS

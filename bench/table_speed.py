@@ -31,7 +31,8 @@ def cells(results: Results) -> dict[str, Row]:
     """Further cells of Table 2, by label of a row."""
     found = {(r["arm"], r["sampling_steps"], r["metric"]): r["value"] for r in results.rows() if r["seed"] is None}
     cells: dict[str, Row] = {}
-    for line in TABLES[2].lines:
+    (methods,) = TABLES[2]
+    for line in methods.lines:
         net = "teacher" if line.arm == "teacher" else "untrained"
         paper = PAPER.get(line.label)
         cells[line.label] = {
@@ -44,5 +45,6 @@ def cells(results: Results) -> dict[str, Row]:
 
 def _runs(budget: int) -> list[Run]:
     """The two networks, each with all its numbers of steps."""
-    networks = [(quality.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in TABLES[2].lines]
+    (methods,) = TABLES[2]
+    networks = [(quality.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in methods.lines]
     return runs_of(((arm, line.steps, 2) for arm, line in networks), [0], budget, Path("unused"))

@@ -72,7 +72,8 @@ def tables(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     problems: list[str] = []
     if not arguments.report:
         runner = _runner(arguments, device)
-        lines = [(line, number) for number in numbers if number in TABLES for line in TABLES[number].lines]
+        chosen = [table for number in numbers for table in TABLES.get(number, ())]
+        lines = [(line, table.number) for table in chosen for line in table.lines]
         wanted: list[Wanted] = [(quality.ARMS[line.arm], line.steps, number) for line, number in lines]
         problems = _do(wanted, seeds, results, arguments, runner) if wanted else []
         if 2 in numbers and not arguments.only:
@@ -86,11 +87,12 @@ def tables(arguments: argparse.Namespace, device: torch.device) -> list[str]:
 
 
 def _table(number: int, figures: table_report.Figures, results: Results, budget: int) -> str:
-    methods = TABLES[2]
     if number == 3:
         return table_costs.markdown(budget, results)
     if number != 2:
-        return table_report.markdown(TABLES[number], figures, results.images, results.floor(), {})
+        parts = [table_report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
+        return "\n\n".join(parts)
+    (methods,) = TABLES[2]
     students = [f"{name}, 1 step" for name in ("sCM", "Sana-Sprint", "TBCM")]
     speeds = table_speed.cells(results)
     return "\n\n".join(

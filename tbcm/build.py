@@ -289,6 +289,7 @@ def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
             checkpointing=config.student.checkpointing,
             compiled=switch(config.student.compile, device),
             text_once=config.text.once,
+            guidance_embeds_scale=config.student.guidance_embeds_scale,
         )
 
 

@@ -156,6 +156,12 @@ class Student(Section):
         " teacher's under the discriminator",
     )
     compile: Switch = Field("auto", description="torch.compile per block; auto: on CUDA")
+    guidance_embeds_scale: PositiveFloat | None = Field(
+        None,
+        description="what guidance is multiplied by before it is embedded, where the teacher embeds none; default: as"
+        " its configuration says, 0.1 for Sana. In a short run the student learns to tell guidances apart only with a"
+        " larger one",
+    )
 
     @model_validator(mode="after")
     def _selective_is_dual(self) -> Self:

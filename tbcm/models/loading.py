@@ -122,14 +122,28 @@ def load_teacher(pipeline: Pipeline, dtype: torch.dtype, device: torch.device, *
     return net
 
 
-def student_from_teacher(teacher: SanaTrigFlow, **options: Any) -> SanaTrigFlow:
+def student_from_teacher(
+    teacher: SanaTrigFlow, *, guidance_embeds_scale: float | None = None, **options: Any
+) -> SanaTrigFlow:
     """A trainable fp32 student that starts equal to the conditional teacher, on the teacher's device; `options` go to
     SanaTrigFlow.
 
     Where the teacher embeds no guidance the student gets an embedding whose last layer is zero, and the time
-    embedding's keys are renamed to where diffusers keeps them beside one.
+    embedding's keys are renamed to where diffusers keeps them beside one. It is of guidance times
+    `guidance_embeds_scale` (default: as the teacher's configuration has it): its sines have frequencies of at most 1,
+    so that by 0.1 guidances 3 and 5 differ by a twentieth of their embeddings' length, and by 1 by half of it.
+
+    Raises:
+        UserError: another scale for a teacher that embeds guidance itself.
     """
     config = {key: value for key, value in teacher.backbone.config.items() if not key.startswith("_")}
+    if guidance_embeds_scale is not None:
+        if config["guidance_embeds"] and guidance_embeds_scale != config["guidance_embeds_scale"]:
+            raise UserError(
+                f"student.guidance_embeds_scale = {guidance_embeds_scale:g}: the teacher embeds guidance itself, times"
+                f" {config['guidance_embeds_scale']:g}; leave it out"
+            )
+        config["guidance_embeds_scale"] = guidance_embeds_scale
     with torch.device(next(teacher.parameters()).device):
         backbone = SanaTransformer2DModel(**config | {"guidance_embeds": True})
     state = {

@@ -57,19 +57,20 @@ class FakeRunner:
 
 
 def runs_of_tables(*numbers: int, seeds: range = range(2), folder: Path = Path("unused")) -> list[Run]:
-    wanted = [(ARMS[line.arm], line.steps, n) for n in numbers for line in quality_tables.TABLES[n].lines]
+    lines = [(line, n) for n in numbers for table in quality_tables.TABLES[n] for line in table.lines]
+    wanted = [(ARMS[line.arm], line.steps, n) for line, n in lines]
     return quality_runs.runs_of(wanted, seeds, BUDGET, folder)
 
 
 def test_arms_that_tables_share_are_one_run() -> None:
     names = {number: {run.name for run in runs_of_tables(number)} for number in quality_tables.TABLES}
     together = runs_of_tables(2, 4, 5, 6, 7)
-    assert len({run.recipe for run in together}) == 14  # 12 trainings, the teacher, the untrained student
-    assert len(together) == 2 * 14 < sum(map(len, names.values()))
+    assert len({run.recipe for run in together}) == 17  # 15 trainings, the teacher, the untrained student
+    assert len(together) == 2 * 17 < sum(map(len, names.values()))
     (shared,) = [run for run in together if run.seed == 1 and run.recipe == recipe("tbcm")]
     assert shared.tables == (2, 4, 5, 6, 7) and shared.samplings == (1, 2, 4)
     assert recipe("tbcm") == recipe("points_16") == recipe("route_reference") == recipe("r_1")
-    assert [run.seed for run in together] == [0] * 14 + [1] * 14  # a whole seed first: pairs come early
+    assert [run.seed for run in together] == [0] * 17 + [1] * 17  # a whole seed first: pairs come early
 
 
 def recipe(arm: str, budget: int = BUDGET) -> str:
@@ -83,12 +84,21 @@ def test_a_recipe_is_what_decides_the_result() -> None:
 
 @pytest.mark.parametrize("budget", [480, 9600, 120_000])
 def test_arms_optimise_the_same_number_of_samples(budget: int) -> None:
-    configs = {name: quality.config_of(arm, 0, budget) for name, arm in ARMS.items() if arm.trained}
+    arms = {name: arm for name, arm in ARMS.items() if arm.trained and arm.equal == "samples"}
+    configs = {name: quality.config_of(arm, 0, budget) for name, arm in arms.items()}
     for name, config in configs.items():
         a_step = quality.samples(config) / config.train.steps
         assert abs(a_step - 120) <= 6, name
         assert abs(quality.samples(config) - budget) <= a_step / 2, name
     assert [configs[f"points_{n}"].train.prompts_per_step for n in (8, 12, 16, 20)] == [17, 11, 8, 6]
+
+
+def test_arms_of_equal_prompts_have_those_of_sixteen_points() -> None:
+    whole = quality.config_of(ARMS["points_16"], 0, BUDGET)
+    for points in (8, 12, 20):
+        config = quality.config_of(ARMS[f"points_{points}_same_prompts"], 0, BUDGET)
+        assert config.train == whole.train and config.optimizer == whole.optimizer and config.ema == whole.ema
+        assert quality.samples(config) * 15 == BUDGET * (points - 1)
 
 
 def test_schedules_keep_their_share_of_the_run() -> None:
@@ -179,7 +189,7 @@ def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path
     ],
 )
 def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
-    results, table = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[4]
+    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[4]
     runs = runs_of_tables(4, seeds=range(3), folder=tmp_path / "runs")
     quality_runs.do(runs, results, FakeRunner(kid))
     text = table_report.markdown(table, table_report.Figures(results.rows(), BUDGET, range(4)), 10, results.floor(), {})
@@ -192,7 +202,7 @@ def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
 
 
 def test_the_gap_that_is_closed(tmp_path: Path) -> None:
-    results, table = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[2]
+    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[2]
     kid = {"untrained": 70.0, "teacher": 0.0, "tbcm": 7.0}
     quality_runs.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
     figures = table_report.Figures(results.rows(), BUDGET, range(3))
