@@ -23,6 +23,8 @@ _IN_STEPS = (
 _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
+_AS_PUBLISHED = ("student.guidance_embeds_scale=null",)
+"""What the arms do not take from configs/: Sana's own guidance embedding, on which all rows of tables.jsonl are."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
@@ -104,7 +106,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
     path = CONFIGS / arm.config
-    base, changed = load_config(path), load_config(path, arm.change)
+    base, changed = load_config(path), load_config(path, [*_AS_PUBLISHED, *arm.change])
     prompts, each = changed.train.prompts_per_step, samples_per_prompt(base if arm.equal == "prompts" else changed)
     if prompts == base.train.prompts_per_step:
         prompts = max(1, round(prompts * samples_per_prompt(base) / each))
@@ -120,6 +122,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     return load_config(
         path,
         [
+            *_AS_PUBLISHED,
             *arm.change,
             *(f"{key}={value}" for key, value in schedule.items()),
             f"out={out}",
