@@ -23,8 +23,8 @@ _IN_STEPS = (
 _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
-_AS_PUBLISHED = ("student.guidance_embeds_scale=null",)
-"""What the arms do not take from configs/: Sana's own guidance embedding, on which all rows of tables.jsonl are."""
+_AS_PUBLISHED = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
+"""What the arms do not take from configs/, where emoji's recipes have left the published one."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
