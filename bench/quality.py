@@ -23,8 +23,9 @@ _IN_STEPS = (
 _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
-_AS_PUBLISHED = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
-"""What the arms do not take from configs/, where emoji's recipes have left the published one."""
+_PINNED = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
+"""What the arms do not take from configs/, unless an arm changes it: the guidance embedding and shift that were
+published for Sana, and r = 1. All rows were measured with these, and emoji's recipes have left them."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
@@ -106,7 +107,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
     path = CONFIGS / arm.config
-    base, changed = load_config(path), load_config(path, [*_AS_PUBLISHED, *arm.change])
+    base, changed = load_config(path, _PINNED), load_config(path, [*_PINNED, *arm.change])
     prompts, each = changed.train.prompts_per_step, samples_per_prompt(base if arm.equal == "prompts" else changed)
     if prompts == base.train.prompts_per_step:
         prompts = max(1, round(prompts * samples_per_prompt(base) / each))
@@ -122,7 +123,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     return load_config(
         path,
         [
-            *_AS_PUBLISHED,
+            *_PINNED,
             *arm.change,
             *(f"{key}={value}" for key, value in schedule.items()),
             f"out={out}",

@@ -43,6 +43,13 @@ def best(first: str, *others: str) -> Pairs:
     return tuple((first, other) for other in others)
 
 
+def _by_points(title: str, arms: str, *notes: str) -> Table:
+    """Table 5, of the arms "points_N" + `arms`; 16 points are the same in all."""
+    paper = {8: (7.52, 27.98), 12: (6.87, 28.00), 16: (6.77, 28.00), 20: (6.58, 27.98)}
+    lines = (Line(str(n), f"points_{n}{arms if n != 16 else ''}", 1, *found) for n, found in paper.items())
+    return Table(5, title, tuple(lines), order("20", "16", "12", "8"), (), notes)
+
+
 _SAME_SAMPLES = "All arms optimise the same number of samples a step and, to the nearest step, a run."
 
 _ALL = (
@@ -82,38 +89,18 @@ _ALL = (
         order("reference route", "logit-normal", "random"),
         (_SAME_SAMPLES,),
     ),
-    Table(
-        5,
+    _by_points(
         "points of a route",
-        (
-            Line("8", "points_8", 1, 7.52, 27.98),
-            Line("12", "points_12", 1, 6.87, 28.00),
-            Line("16", "points_16", 1, 6.77, 28.00),
-            Line("20", "points_20", 1, 6.58, 27.98),
-        ),
-        order("20", "16", "12", "8"),
-        (),
-        (
-            "A route of N points trains N - 1 samples of a prompt, and prompts a step follow from it: the samples"
-            " of a step differ by 5 % at most, those of a run by half a step.",
-            "By CLIP score the paper finds them level, which is no order to reproduce.",
-        ),
+        "",
+        "A route of N points trains N - 1 samples of a prompt, and prompts a step follow from it: the samples of a step"
+        " differ by 5 % at most, those of a run by half a step.",
+        "By CLIP score the paper finds them level, which is no order to reproduce.",
     ),
-    Table(
-        5,
+    _by_points(
         "points of a route, at the same prompts",
-        (
-            Line("8", "points_8_same_prompts", 1, 7.52, 27.98),
-            Line("12", "points_12_same_prompts", 1, 6.87, 28.00),
-            Line("16", "points_16", 1, 6.77, 28.00),
-            Line("20", "points_20_same_prompts", 1, 6.58, 27.98),
-        ),
-        order("20", "16", "12", "8"),
-        (),
-        (
-            "As it seems in the paper, whose memory grows with the points: all arms have the same steps and the same"
-            " prompts a step, and so more samples, and more of the teacher's work, where a route has more points.",
-        ),
+        "_same_prompts",
+        "As it seems in the paper, whose memory grows with the points: all arms have the same steps and the same"
+        " prompts a step, and so more samples, and more of the teacher's work, where a route has more points.",
     ),
     Table(
         6,

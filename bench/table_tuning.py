@@ -17,7 +17,7 @@ METHODS = ("tbcm", "scm", "sprint")
 
 
 def grid(method: str) -> list[Arm]:
-    """The recipe of configs/, then one thing changed at a time: learning rate, samples a step (steps follow), width of
+    """The arm of the tables, then one thing changed at a time: learning rate, samples a step (steps follow), width of
     the weights' average, each down and up."""
     base = ARMS[method]
     config = load_config(quality.CONFIGS / base.config)
