@@ -23,9 +23,14 @@ _IN_STEPS = (
 _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
-_PINNED = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
-"""What the arms do not take from configs/, unless an arm changes it: the guidance embedding and shift that were
-published for Sana, and r = 1. All rows were measured with these, and emoji's recipes have left them."""
+_SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
+_PUBLISHED = {
+    "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8"),
+    "emoji_scm.yaml": _SANA,
+    "emoji_sprint.yaml": _SANA,
+}
+"""What all arms but the tuned ones take in the place of what configs/ has for emoji: as published for Sana (guidance
+embedding, routes), and r = 1, unless the arm changes it."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
@@ -36,7 +41,8 @@ class Arm:
 
     `change`: overrides of the configuration in configs/, as on a command line. `shares`: settings in steps, given as
     shares of the run's steps. `equal`: what it has as many of, a step and a run, as the configuration has within the
-    budget. Arms with the same resolved configuration are one training, whatever they are called.
+    budget. `tuned`: without `_PUBLISHED`. Arms with the same resolved configuration are one training, whatever they
+    are called.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Arm:
     change: tuple[str, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     net: str = "trained"  # or "teacher", "untrained"
+    tuned: bool = False  # as configs/ has it
     equal: Literal["samples", "prompts"] = "samples"
 
     @property
@@ -71,9 +78,12 @@ def _points(points: int, equal: Literal["samples", "prompts"] = "samples") -> Ar
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("tbcm", "TBCM as configs/emoji.yaml has it"),
+        Arm("tbcm", "TBCM as published"),
         Arm("scm", "sCM on the real images", "emoji_scm.yaml"),
         Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "emoji_sprint.yaml"),
+        Arm("tbcm_tuned", "TBCM as configs/emoji.yaml has it", tuned=True),
+        Arm("scm_tuned", "sCM as configs/emoji_scm.yaml has it", "emoji_scm.yaml", tuned=True),
+        Arm("sprint_tuned", "Sana-Sprint as configs/emoji_sprint.yaml has it", "emoji_sprint.yaml", tuned=True),
         _route("random"),
         _route("logit_normal"),
         _route("reference"),
@@ -106,8 +116,8 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     A step optimises as many samples as the configuration file says (an arm with other routes takes other numbers of
     prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
-    path = CONFIGS / arm.config
-    base, changed = load_config(path, _PINNED), load_config(path, [*_PINNED, *arm.change])
+    path, published = CONFIGS / arm.config, () if arm.tuned else _PUBLISHED[arm.config]
+    base, changed = load_config(path, published), load_config(path, [*published, *arm.change])
     prompts, each = changed.train.prompts_per_step, samples_per_prompt(base if arm.equal == "prompts" else changed)
     if prompts == base.train.prompts_per_step:
         prompts = max(1, round(prompts * samples_per_prompt(base) / each))
@@ -123,7 +133,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     return load_config(
         path,
         [
-            *_PINNED,
+            *published,
             *arm.change,
             *(f"{key}={value}" for key, value in schedule.items()),
             f"out={out}",

@@ -31,8 +31,7 @@ def cells(results: Results) -> dict[str, Row]:
     """Further cells of Table 2, by label of a row."""
     found = {(r["arm"], r["sampling_steps"], r["metric"]): r["value"] for r in results.rows() if r["seed"] is None}
     cells: dict[str, Row] = {}
-    (methods,) = TABLES[2]
-    for line in methods.lines:
+    for line in TABLES[2][0].lines:
         net = "teacher" if line.arm == "teacher" else "untrained"
         paper = PAPER.get(line.label)
         cells[line.label] = {
@@ -45,6 +44,6 @@ def cells(results: Results) -> dict[str, Row]:
 
 def _runs(budget: int) -> list[Run]:
     """The two networks, each with all its numbers of steps."""
-    (methods,) = TABLES[2]
-    networks = [(quality.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in methods.lines]
+    lines = TABLES[2][0].lines  # those of the tuned arms are the same networks
+    networks = [(quality.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in lines]
     return runs_of(((arm, line.steps, 2) for arm, line in networks), [0], budget, Path("unused"))

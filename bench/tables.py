@@ -92,16 +92,13 @@ def _table(number: int, figures: table_report.Figures, results: Results, budget:
     if number != 2:
         parts = [table_report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
         return "\n\n".join(parts)
-    (methods,) = TABLES[2]
     students = [f"{name}, 1 step" for name in ("sCM", "Sana-Sprint", "TBCM")]
     speeds = table_speed.cells(results)
-    return "\n\n".join(
-        [
-            table_report.markdown(methods, figures, results.images, results.floor(), speeds),
-            table_report.gaps(methods, figures, students, "untrained student, 1 step", "teacher, 20 steps"),
-            *([table_speed.NOTE] if any(row["images/s"] for row in speeds.values()) else []),
-        ]
-    )
+    parts = []
+    for methods in TABLES[2]:
+        parts.append(table_report.markdown(methods, figures, results.images, results.floor(), speeds))
+        parts.append(table_report.gaps(methods, figures, students, "untrained student, 1 step", "teacher, 20 steps"))
+    return "\n\n".join([*parts, *([table_speed.NOTE] if any(row["images/s"] for row in speeds.values()) else [])])
 
 
 def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
