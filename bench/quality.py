@@ -25,7 +25,7 @@ _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_s
 these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
 _SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
 _PUBLISHED = {
-    "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8"),
+    "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
     "emoji_scm.yaml": _SANA,
     "emoji_sprint.yaml": _SANA,
 }
