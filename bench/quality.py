@@ -116,8 +116,8 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     A step optimises as many samples as the configuration file says (an arm with other routes takes other numbers of
     prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
-    path, published = CONFIGS / arm.config, () if arm.tuned else _PUBLISHED[arm.config]
-    base, changed = load_config(path, published), load_config(path, [*published, *arm.change])
+    path, base = CONFIGS / arm.config, base_of(arm)
+    changed = load_config(path, [*_pins(arm), *arm.change])
     prompts, each = changed.train.prompts_per_step, samples_per_prompt(base if arm.equal == "prompts" else changed)
     if prompts == base.train.prompts_per_step:
         prompts = max(1, round(prompts * samples_per_prompt(base) / each))
@@ -133,7 +133,7 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     return load_config(
         path,
         [
-            *published,
+            *_pins(arm),
             *arm.change,
             *(f"{key}={value}" for key, value in schedule.items()),
             f"out={out}",
@@ -147,6 +147,11 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
             "checkpoint.keep_last=1",
         ],
     )
+
+
+def base_of(arm: Arm) -> Config:
+    """What an arm changes, at the length and seed of configs/."""
+    return load_config(CONFIGS / arm.config, _pins(arm))
 
 
 def samples_per_prompt(config: Config) -> int:
@@ -177,6 +182,10 @@ def recipe(arm: Arm, config: Config) -> str:
         guidance = config.method.guidance
         tree = {"net": arm.net, "teacher": tree["teacher"], "text": tree.get("text"), "guidance": guidance}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _pins(arm: Arm) -> tuple[str, ...]:
+    return () if arm.tuned else _PUBLISHED[arm.config]
 
 
 def _setting(config: Config, key: str) -> Any:
