@@ -26,8 +26,8 @@ these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines
 _SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
 _PUBLISHED = {
     "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
-    "emoji_scm.yaml": _SANA,
-    "emoji_sprint.yaml": _SANA,
+    "emoji_scm.yaml": (*_SANA, "method.route.p_mean=0.2"),
+    "emoji_sprint.yaml": (*_SANA, "method.route.p_mean=0.2"),
 }
 """What all arms but the tuned ones take in the place of what configs/ has for emoji: as published for Sana (guidance
 embedding, routes), and r = 1, unless the arm changes it."""
