@@ -72,17 +72,16 @@ class Results:
     def rows(self) -> list[Row]:
         """Of this kind of device and this number of images (or of none); a figure that was written twice counts as
         written last."""
-        path = self.folder / f"{self.bench}.jsonl"
-        if not path.is_file():
-            return []
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
         last = {
             (row["recipe"], row["seed"], row["sampling_steps"], row["metric"]): row
-            for row in rows
-            if row["device"] == self.device and row.get("images") in (None, self.images)
+            for row in self._all()
+            if row.get("images") in (None, self.images)
         }
         return list(last.values())
+
+    def image_counts(self) -> list[int]:
+        """Numbers of images that anything was measured on."""
+        return sorted({row["images"] for row in self._all() if row.get("images")})
 
     def missing(self, run: Run) -> list[int]:
         """Steps of sampling that are not measured yet."""
@@ -107,6 +106,14 @@ class Results:
 
     def floor(self) -> dict[str, float]:
         return {row["metric"]: row["value"] for row in self.rows() if row["recipe"] == FLOOR}
+
+    def _all(self) -> list[Row]:
+        path = self.folder / f"{self.bench}.jsonl"
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return [row for row in rows if row["device"] == self.device]
 
     def _add(self, run: Run, steps: int | None, images: int | None, figures: dict[str, float], **more: Any) -> None:
         if run.arm.trained:

@@ -48,8 +48,9 @@ def _arm(method: str, label: str, change: tuple[str, ...]) -> Arm:
     return Arm(f"{method}: {label}", label, ARMS[method].config, change)
 
 
-def markdown(rows: Sequence[Row], method: str, images: int) -> str:
-    """All that was tried of a method, the best KID first: of each number of samples a run by itself."""
+def markdown(rows: Sequence[Row], method: str, images: int) -> str | None:
+    """All that was tried of a method, the best KID first: of each number of samples a run by itself. None if nothing
+    was measured on so many images."""
     configs = {
         row["recipe"]: Config.model_validate({"out": "unused", **row["config"]})
         for row in rows
@@ -79,8 +80,10 @@ def markdown(rows: Sequence[Row], method: str, images: int) -> str:
     lines.sort(key=lambda line: (round(line["samples"], -3), line["order"]))
     headings = {"tried": "tried", "samples": "samples", "lr": "lr", "samples_a_step": "samples a step"}
     headings |= {"ema": "EMA (half-life)", **METRICS}
+    if not lines:
+        return None
     return (
-        f"### Tuning of {method}\n\n{table(lines, headings)}\n\nSeeds from {FIRST_SEED} on, one-step samples of"
+        f"{table(lines, headings)}\n\nSeeds from {FIRST_SEED} on, one-step samples of"
         f" {images:,} captions; mean ± standard deviation over seeds [95 % t-interval]."
     )
 

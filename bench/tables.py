@@ -110,7 +110,9 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
         wanted: list[Wanted] = [(arm, 1, None) for arm in chosen]
         seeds = range(table_tuning.FIRST_SEED, table_tuning.FIRST_SEED + arguments.seeds)
         problems = _do(wanted, seeds, results, arguments, _runner(arguments, device))
-    _write(arguments.out / f"tuning-{method}.md", table_tuning.markdown(results.rows(), method, arguments.images))
+    measured = [Results("tuning", arguments.out, images, device) for images in results.image_counts()]
+    parts = [table_tuning.markdown(each.rows(), method, each.images) for each in measured]
+    _write(arguments.out / f"tuning-{method}.md", f"## Tuning of {method}\n\n" + "\n\n".join(filter(None, parts)))
     return problems
 
 

@@ -236,7 +236,9 @@ def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
     )
     runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100, 101], BUDGET, tmp_path / "runs")
     quality_runs.do(runs, results, FakeRunner({"tbcm: lr / 3": 4.0}))
-    lines = table_tuning.markdown(results.rows(), "tbcm", 10).splitlines()
+    text = table_tuning.markdown(results.rows(), "tbcm", 10)
+    assert text and table_tuning.markdown(results.rows(), "scm", 10) is None and results.image_counts() == [10]
+    lines = text.splitlines()
     tried = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("|")][2:]
     assert tried[0] == "lr / 3" and set(tried) == {"lr / 3", "recipe", "ema.ramp_up=null"}
 
