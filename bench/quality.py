@@ -22,15 +22,15 @@ _IN_STEPS = (
 """Settings that a shorter or longer run takes in proportion."""
 _WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
-these (KID to the teacher 255 instead of 10, after 4,800 samples). The baselines are not, and do best with theirs."""
+these (KID to the teacher 250 instead of 9, after 4,800 samples). The baselines are not, and do best with theirs."""
 _SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
 _PUBLISHED = {
     "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
     "emoji_scm.yaml": (*_SANA, "method.route.p_mean=0.2"),
     "emoji_sprint.yaml": (*_SANA, "method.route.p_mean=0.2"),
 }
-"""What all arms but the tuned ones take in the place of what configs/ has for emoji: as published for Sana (guidance
-embedding, routes), and r = 1, unless the arm changes it."""
+"""What all arms but the tuned ones take in the place of what configs/ has for emoji, unless they change it: as
+published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
 
@@ -39,9 +39,9 @@ _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 class Arm:
     """A network that is measured: a trained student, or one that is not trained (`net`).
 
-    `change`: overrides of the configuration in configs/, as on a command line. `shares`: settings in steps, given as
-    shares of the run's steps. `equal`: what it has as many of, a step and a run, as the configuration has within the
-    budget. `tuned`: without `_PUBLISHED`. Arms with the same resolved configuration are one training, whatever they
+    `tuned`: with the configuration in configs/ as it is, without `_PUBLISHED` over it. `change`: overrides of either,
+    as on a command line. `shares`: settings in steps, given as shares of the run's steps. `equal`: what it has as many
+    of, a step and a run, as without `change`. Arms with the same resolved configuration are one training, whatever they
     are called.
     """
 
@@ -51,7 +51,7 @@ class Arm:
     change: tuple[str, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     net: str = "trained"  # or "teacher", "untrained"
-    tuned: bool = False  # as configs/ has it
+    tuned: bool = False
     equal: Literal["samples", "prompts"] = "samples"
 
     @property
@@ -60,7 +60,7 @@ class Arm:
 
 
 def _cooled(final: float) -> Arm:
-    # The paper cools r down from step 15,000 to 17,000 of 20,000; the warm-up is the recipe's own, as in all arms.
+    # The paper cools r down from step 15,000 to 17,000 of 20,000; the warm-up is that of all arms.
     shares = (("method.r.cooldown_start", 0.75), ("method.r.cooldown_steps", 0.1))
     what = f"r warms up to 1 and cools down to {final:g} between 75 % and 85 % of the steps"
     return Arm(f"r_{final:g}", what, change=(f"method.r.final={final}",), shares=shares)
@@ -78,7 +78,7 @@ def _points(points: int, equal: Literal["samples", "prompts"] = "samples") -> Ar
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("tbcm", "TBCM as published"),
+        Arm("tbcm", "TBCM with the route and guidance embedding published for Sana, r = 1"),
         Arm("scm", "sCM on the real images", "emoji_scm.yaml"),
         Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "emoji_sprint.yaml"),
         Arm("tbcm_tuned", "TBCM as configs/emoji.yaml has it", tuned=True),
@@ -110,11 +110,10 @@ ARMS = {
 
 
 def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> Config:
-    """The run of an arm that optimises about `budget` samples, or as many prompts as that takes with the
-    configuration's own routes.
+    """The run of an arm that optimises about `budget` samples, or as many prompts as that takes without its `change`.
 
-    A step optimises as many samples as the configuration file says (an arm with other routes takes other numbers of
-    prompts for it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
+    A step optimises as many samples as without `change` (an arm with other routes takes other numbers of prompts for
+    it), steps are rounded to the budget, and what is stated in steps keeps its share of the run.
     """
     path, base = CONFIGS / arm.config, base_of(arm)
     changed = load_config(path, [*_pins(arm), *arm.change])

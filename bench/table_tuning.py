@@ -1,4 +1,4 @@
-"""Tuning: the same variations of each method's recipe, at the same cost, on seeds that no table reports."""
+"""Tuning: the same variations of each method's arm of the tables, at the same cost, on seeds that no table reports."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def markdown(rows: Sequence[Row], method: str, images: int) -> str | None:
     return (
         f"{table(lines, headings)}\n\nSeeds from {FIRST_SEED} on, one-step samples of"
         f" {images:,} captions; mean ± standard deviation over seeds [95 % t-interval]."
+        " “recipe” is the arm of the tables, with the settings published for Sana; of it, what is named was changed."
     )
 
 

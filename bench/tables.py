@@ -3,7 +3,7 @@
     python bench/tables.py --table 4                        # runs what is missing, then prints the table
     python bench/tables.py --report                         # all tables from what has been measured so far
     python bench/tables.py --table 4 --only route_random    # a part of the runs; others may be done beside it
-    python bench/tables.py --tune tbcm                      # variations of a recipe, on seeds that no table uses
+    python bench/tables.py --tune tbcm                      # variations of an arm, on seeds that no table uses
     python bench/tables.py --tune tbcm --try optimizer.lr=2e-4 ema.halflife_steps=50
 
 Runs are kept in runs/tables, figures in bench/results/tables.jsonl (tuning.jsonl), tables beside them as table-N.md. A
@@ -92,7 +92,7 @@ def _table(number: int, figures: table_report.Figures, results: Results, budget:
     if number != 2:
         parts = [table_report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
         return "\n\n".join(parts)
-    students = [f"{name}, 1 step" for name in ("sCM", "Sana-Sprint", "TBCM")]
+    students = ["sCM, 1 step", "Sana-Sprint, 1 step", "TBCM, 1 step", "TBCM, 2 steps", "TBCM, 4 steps"]
     speeds = table_speed.cells(results)
     parts = []
     for methods in TABLES[2]:
@@ -112,7 +112,8 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
         problems = _do(wanted, seeds, results, arguments, _runner(arguments, device))
     measured = [Results("tuning", arguments.out, images, device) for images in results.image_counts()]
     parts = [table_tuning.markdown(each.rows(), method, each.images) for each in measured]
-    _write(arguments.out / f"tuning-{method}.md", f"## Tuning of {method}\n\n" + "\n\n".join(filter(None, parts)))
+    text = "\n\n".join(filter(None, parts)) or "Nothing is measured yet."
+    _write(arguments.out / f"tuning-{method}.md", f"### Tuning of {method}\n\n{text}")
     return problems
 
 

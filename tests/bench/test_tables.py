@@ -19,6 +19,7 @@ import torch
 from quality import ARMS, Arm
 from quality_emoji import EmojiRunner
 from quality_runs import Results, Run
+from rows import RESULTS
 from scripts import script
 from table_statistics import REPRODUCED, REVERSED
 
@@ -94,13 +95,17 @@ def test_arms_optimise_the_same_number_of_samples(budget: int) -> None:
 
 
 def test_tuned_arms_are_the_recipes_and_others_the_published_settings() -> None:
+    measured = {row["recipe"] for row in Results("tables", RESULTS, 2000, CPU).rows()}
     for name, file in (("tbcm", "emoji.yaml"), ("scm", "emoji_scm.yaml"), ("sprint", "emoji_sprint.yaml")):
         own = load_config(quality.CONFIGS / file)
         tuned, published = (quality.config_of(ARMS[arm], 0, BUDGET) for arm in (f"{name}_tuned", name))
         assert (tuned.method.route, tuned.student) == (own.method.route, own.student)
         assert tuned.method.r.final == own.method.r.final and tuned.train.prompts_per_step == own.train.prompts_per_step
         assert (published.method.route.shift, published.method.r.final) == (2.5, 1.0)
-        assert published.student.guidance_embeds_scale is None
+        assert published.student.guidance_embeds_scale is None and published.optimizer.cooldown_steps == 0
+        assert published.method.route.p_mean == 0.2 and quality.samples(published) == BUDGET
+        assert quality.recipe(ARMS[name], published) in measured
+    assert quality.config_of(ARMS["tbcm"], 0, BUDGET).method.route.points == 16
 
 
 def test_arms_of_equal_prompts_have_those_of_sixteen_points() -> None:
@@ -112,7 +117,7 @@ def test_arms_of_equal_prompts_have_those_of_sixteen_points() -> None:
 
 
 def test_schedules_keep_their_share_of_the_run() -> None:
-    whole = load_config(quality.CONFIGS / "emoji.yaml")
+    whole = quality.base_of(ARMS["r_0.5"])
     tenth = quality.config_of(ARMS["r_0.5"], 0, whole.train.steps * 120 // 10)
     steps = tenth.train.steps
     assert steps == whole.train.steps // 10
@@ -285,12 +290,30 @@ def checkpoint_steps(run: Run) -> list[int]:
 
 def test_command_line(tmp_path: Path) -> None:
     results = Results("tables", tmp_path, 2000, CPU)
-    quality_runs.do(runs_of_tables(4, 7, seeds=range(2), folder=tmp_path / "runs"), results, FakeRunner())
-    done = script("bench/tables.py", "--report", "--table", "3", "4", "7", "--out", str(tmp_path))
+    runner = FakeRunner({"untrained": 70.0, "teacher": 0.0})
+    quality_runs.do(runs_of_tables(2, 4, 7, seeds=range(2), folder=tmp_path / "runs"), results, runner)
+    done = script("bench/tables.py", "--report", "--table", "2", "3", "4", "7", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "### Table 7" in done.stdout and "Not measured yet" in done.stdout
+    for title in ("methods", "methods, each as tuned on emoji"):
+        _, _, table = done.stdout.partition(f"### Table 2: {title}\n")
+        assert "| of the gap from" in table.partition("### Table")[0]
     assert (tmp_path / "table-4.md").read_text().strip() in done.stdout
     assert all(json.loads(line)["bench"] == "tables" for line in (tmp_path / "tables.jsonl").read_text().splitlines())
+
+
+def test_what_was_tried_is_reported_by_number_of_images(tmp_path: Path) -> None:
+    for images in (10, 20):
+        arms = table_tuning.grid("scm")[: images // 10]
+        runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100], BUDGET, tmp_path / "runs")
+        quality_runs.do(runs, Results("tuning", tmp_path, images, CPU), FakeRunner())
+    for method, counts in (("scm", [1, 2]), ("sprint", [])):
+        done = script("bench/tables.py", "--report", "--tune", method, "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / f"tuning-{method}.md").read_text()
+        tables = text.split("| tried |")[1:]
+        assert [table.count(f"| {BUDGET} |") for table in tables] == counts
+        assert ("Nothing is measured yet." in text) == (not counts)
 
 
 def test_unknown_arms_are_one_line(tmp_path: Path) -> None:
