@@ -61,8 +61,11 @@ def _by_method(title: str, arms: str, *notes: str) -> Table:
         Line("sCM, 1 step", f"scm{arms}", 1, 7.46, 27.74),
         Line("Sana-Sprint, 1 step", f"sprint{arms}", 1, 7.04, 28.04),
         Line("TBCM, 1 step", f"tbcm{arms}", 1, 6.52, 28.08),
-        Line("TBCM, 2 steps", f"tbcm{arms}", 2),
-        Line("TBCM, 4 steps", f"tbcm{arms}", 4),
+        *(
+            Line(f"{name}, {steps} steps", f"{method}{arms}", steps)
+            for name, method in (("sCM", "scm"), ("Sana-Sprint", "sprint"), ("TBCM", "tbcm"))
+            for steps in (2, 4)
+        ),
     )
     return Table(2, title, lines, order(*paper), order(*paper), (*_OF_METHODS, *notes))
 

@@ -129,13 +129,15 @@ def gap_closed(line: Line, before: Line, goal: Line, figures: Figures, metric: s
     return summary(shares) if shares else None
 
 
-def gaps(of: Table, figures: Figures, labels: Sequence[str], before: str, goal: str) -> str:
-    """A table of `gap_closed`."""
+def gaps(of: Table, figures: Figures, before: str, goal: str) -> str:
+    """A table of `gap_closed` by the trained students."""
     rows: list[Row] = []
-    for label in labels:
-        row: Row = {"label": label}
+    for line in of.lines:
+        if not quality.ARMS[line.arm].trained:
+            continue
+        row: Row = {"label": line.label}
         for metric in ("kid", "fid", "kid_to_teacher"):
-            share = gap_closed(of.line(label), of.line(before), of.line(goal), figures, metric)
+            share = gap_closed(line, of.line(before), of.line(goal), figures, metric)
             row[metric] = _percent(share) if share else None
         rows.append(row)
     headings = {"label": f"of the gap from “{before}” to “{goal}”"}

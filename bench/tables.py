@@ -92,12 +92,11 @@ def _table(number: int, figures: table_report.Figures, results: Results, budget:
     if number != 2:
         parts = [table_report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
         return "\n\n".join(parts)
-    students = ["sCM, 1 step", "Sana-Sprint, 1 step", "TBCM, 1 step", "TBCM, 2 steps", "TBCM, 4 steps"]
     speeds = table_speed.cells(results)
     parts = []
     for methods in TABLES[2]:
         parts.append(table_report.markdown(methods, figures, results.images, results.floor(), speeds))
-        parts.append(table_report.gaps(methods, figures, students, "untrained student, 1 step", "teacher, 20 steps"))
+        parts.append(table_report.gaps(methods, figures, "untrained student, 1 step", "teacher, 20 steps"))
     return "\n\n".join([*parts, *([table_speed.NOTE] if any(row["images/s"] for row in speeds.values()) else [])])
 
 
