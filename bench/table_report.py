@@ -122,9 +122,10 @@ def order(of: Table, figures: Figures, what: str, pairs: Pairs, metrics: Sequenc
 
 
 def gap_closed(line: Line, before: Line, goal: Line, figures: Figures, metric: str) -> Summary | None:
-    """The share of the way from `before` to `goal` that `line` has come, over seeds that all three have."""
+    """The share of the way from `before` to `goal` that `line` has come, over seeds that all three have and in which
+    there is a way to go."""
     here, start, end = (figures.of(each, metric) for each in (line, before, goal))
-    seeds = sorted(here.keys() & start.keys() & end.keys())
+    seeds = [seed for seed in sorted(here.keys() & start.keys() & end.keys()) if start[seed] != end[seed]]
     shares = [(start[seed] - here[seed]) / (start[seed] - end[seed]) for seed in seeds]
     return summary(shares) if shares else None
 

@@ -221,9 +221,16 @@ def test_the_gap_that_is_closed(tmp_path: Path) -> None:
     kid = {"untrained": 70.0, "teacher": 0.0, "tbcm": 7.0}
     quality_runs.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
     figures = table_report.Figures(results.rows(), BUDGET, range(3))
-    lines = (table.line(label) for label in ("TBCM, 1 step", "untrained student, 1 step", "teacher, 20 steps"))
+    lines = tuple(table.line(label) for label in ("TBCM, 1 step", "untrained student, 1 step", "teacher, 20 steps"))
     share = table_report.gap_closed(*lines, figures, "kid")
     assert share and share.mean == pytest.approx(0.9) and share.n == 3
+    assert table_report.gap_closed(lines[0], lines[1], lines[1], figures, "kid") is None  # there is no gap
+    rows = table_report.gaps(table, figures, "untrained student, 1 step", "teacher, 20 steps").splitlines()[2:]
+    methods = [
+        f"{method}, {steps}" for method in ("sCM", "Sana-Sprint", "TBCM") for steps in ("1 step", "2 steps", "4 steps")
+    ]
+    assert sorted(row.split(" | ")[0].removeprefix("| ") for row in rows) == sorted(methods)
+    assert all("90.0%" in row for row in rows if "TBCM, 1" in row)
 
 
 def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
