@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
+import pytest
 import torch
 from helpers import random_condition, tiny_sana
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from tbcm.accounting import CostCounter
+from tbcm.errors import UserError
 from tbcm.models.sana import SanaTrigFlow
 
 
@@ -27,6 +33,95 @@ def test_flops_of_a_depthwise_convolution() -> None:
         assert counter.flops == once
         y.sum().backward()
     assert counter.flops == 3 * once
+
+
+def counted(work: Callable[[], Tensor]) -> int:
+    with CostCounter() as counter:
+        work()
+    return counter.flops
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("heads", "keys_heads"), [(4, 4), (4, 2)])  # GQA: a head of keys for two of queries
+@pytest.mark.parametrize("fake", [False, True])
+def test_flops_of_attention(mask: bool, heads: int, keys_heads: int, fake: bool) -> None:
+    """Scores and their product with the values; backward, the scores anew and four gradients."""
+    with FakeTensorMode() if fake else contextlib.nullcontext(), CostCounter() as counter:
+        query = torch.randn(3, heads, 7, 8, requires_grad=True)
+        key, value = (torch.randn(3, keys_heads, 11, 8, requires_grad=True) for _ in range(2))
+        hidden = torch.rand(7, 11) if mask else None
+        y = functional.scaled_dot_product_attention(query, key, value, hidden, enable_gqa=heads != keys_heads)
+        product = 2 * 3 * heads * 7 * 11 * 8
+        assert counter.flops == 2 * product
+        y.sum().backward()
+    assert counter.flops == (2 + 5) * product
+
+
+def test_flops_of_attention_as_a_gpu_does_it() -> None:
+    """By each of its kernels, on tensors without data."""
+    aten, meta = torch.ops.aten, torch.device("meta")
+    query, key = torch.empty(3, 4, 7, 8, device=meta), torch.empty(3, 4, 11, 8, device=meta)
+    value = torch.empty(3, 4, 11, 16, device=meta)  # wider than the keys
+    for work in (
+        lambda: aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0],
+        lambda: aten._scaled_dot_product_fused_attention_overrideable(query, key, value)[0],
+    ):
+        assert counted(work) == 2 * (3 * 4 * 7 * 11) * (8 + 16)
+    same = torch.empty(3, 4, 11, 8, device=meta)
+    assert counted(lambda: aten._scaled_dot_product_flash_attention(query, key, same)[0]) == 2 * (3 * 4 * 7 * 11) * 16
+
+
+def test_flops_of_products() -> None:
+    a, b, c = torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3)
+    many, others = torch.randn(4, 5, 7), torch.randn(4, 7, 3)
+    x, eight = torch.randn(7), torch.ones(32, 32, dtype=torch.int8)
+    for work, multiplications in (
+        (lambda: a @ b, 5 * 7 * 3),
+        (lambda: torch.addmm(c, a, b), 5 * 7 * 3),
+        (lambda: c.addmm_(a, b), 5 * 7 * 3),
+        (lambda: many @ others, 4 * 5 * 7 * 3),
+        (lambda: torch.baddbmm(c, many, others), 4 * 5 * 7 * 3),
+        (lambda: torch.addbmm(c, many, others), 4 * 5 * 7 * 3),
+        (lambda: a @ x, 5 * 7),
+        (lambda: torch.addmv(torch.zeros(5), a, x), 5 * 7),
+        (lambda: torch.dot(x, x), 7),
+        (lambda: torch._int_mm(eight, eight), 32**3),
+        (lambda: torch.einsum("nij,njk->nik", many, others), 4 * 5 * 7 * 3),
+    ):
+        assert counted(work) == 2 * multiplications
+
+
+def test_flops_in_inference_mode() -> None:
+    """Where operators made of others are not taken apart before they are counted."""
+    layer, x = nn.Linear(7, 5), torch.randn(3, 7)
+    with torch.inference_mode():
+        assert counted(lambda: layer(x)) == 2 * 3 * 7 * 5
+        query = torch.randn(3, 4, 7, 8)
+        assert counted(lambda: functional.scaled_dot_product_attention(query, query, query)) == 4 * 3 * 4 * 7 * 7 * 8
+
+
+def test_flops_of_a_transposed_convolution() -> None:
+    layer, x = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), torch.randn(2, 4, 5, 5, requires_grad=True)
+    with CostCounter() as counter:
+        y = layer(x)
+        once = 2 * (2 * 4 * 5 * 5) * (6 // 2) * 9  # every input goes to the outputs of its group, nine times
+        assert counter.flops == once
+        y.sum().backward()
+    assert counter.flops == 3 * once
+
+
+@torch.library.custom_op("tbcm_tests::fused", mutates_args=())
+def fused(x: Tensor) -> Tensor:
+    return x @ x
+
+
+def test_what_cannot_be_counted_is_not_passed_over() -> None:
+    x = torch.randn(4, 4)
+    with pytest.raises(UserError, match=r"tbcm_tests.fused.default cannot be counted"):
+        counted(lambda: fused(x))
+    with pytest.raises(UserError, match=r"_cdist_forward.default cannot be counted"):
+        counted(lambda: torch.cdist(torch.randn(30, 4), torch.randn(30, 4), p=1.0))
+    assert counted(lambda: torch.nn.functional.silu(x).softmax(-1) + x.cumsum(0).t()) == 0
 
 
 def test_memory_goes_up_and_down_with_storages() -> None:
