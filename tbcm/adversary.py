@@ -22,7 +22,7 @@ from tbcm.runtime import distributed
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
 from tbcm.runtime.parallel import accumulating, parallelize
 from tbcm.runtime.phases import phase
-from tbcm.runtime.seeding import generator
+from tbcm.runtime.seeding import generator, seeded
 
 FIGURES = "adversarial", "discriminator_loss", "real_score", "fake_score"
 """What a step reports: the losses of student (not weighted) and discriminator, and mean scores."""
@@ -101,8 +101,7 @@ class Adversary:
         a, backbone = method.adversary, self.teacher.backbone
         blocks = backbone.transformer_blocks
         self.layers = spread_layers(len(blocks)) if a.layers is None else sorted(a.layers)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-            torch.manual_seed(seed)
+        with seeded(device, seed, "discriminator"), torch.device(device):
             self.heads = DiscriminatorHeads(backbone.scale_shift_table.shape[1], len(self.layers))
         self.wrapped = parallelize(self.heads, (), "ddp", None, device)
         self.optimizer = build_optimizer("adamw", self.heads.parameters(), lr=a.lr)

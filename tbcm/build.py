@@ -30,6 +30,7 @@ from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instru
 from tbcm.overlap import Overlapped
 from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, TextConditions
 from tbcm.runtime import distributed
+from tbcm.runtime.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +281,7 @@ def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | Non
 def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
     """A student equal to the conditional teacher. Its new layers' random part depends on the seed alone."""
     device = next(teacher.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.train.seed)
+    with seeded(device, config.train.seed, "student"):
         return student_from_teacher(
             teacher,
             tangent=config.student.tangent,
