@@ -161,6 +161,20 @@ def test_another_model_or_optimizer_is_refused_in_one_line(tmp_path: Path, other
     assert "\n" not in str(caught.value)
 
 
+def test_an_optimizer_that_kept_other_state_is_refused_in_one_line(tmp_path: Path) -> None:
+    """CAME factored all convolutions once, so such a checkpoint has no full second moment of them."""
+    weight = torch.nn.Parameter(torch.zeros(6, 1, 3, 3))
+    optimizer = build_optimizer("came", [weight], lr=1e-2)
+    now = optimizer.state[weight]
+    then = {"row": torch.zeros(6), "col": torch.zeros(9)}
+    optimizer.state[weight] = {"momentum": now["momentum"], **then, **{f"instability_{k}": v for k, v in then.items()}}
+    checkpoint.save(tmp_path, 1, {"optimizer": optimizer}, config={})
+    optimizer.state[weight] = now
+    with pytest.raises(UserError, match=r"Missing key.*square.*go on with that version, or start another run") as caught:
+        checkpoint.load(tmp_path, {"optimizer": optimizer})
+    assert "\n" not in str(caught.value)
+
+
 def full_disk_while_opening(self: FileSystem, path: Path, mode: str) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -15,7 +15,9 @@ from tbcm.runtime.ema import EMA
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
 
-SHAPES = [(), (5,), (7, 5), (5, 7), (7, 5), (6, 4, 3, 3), (6, 1, 3, 3), (1, 1)]  # one twice: updated as one stack
+SHAPES = [(), (5,), (7, 5), (5, 7), (7, 5), (1, 1)]  # one twice: updated as one stack
+SHAPES += [(6, 4, 1, 1), (6, 1, 1, 1), (6, 4, 3, 3), (6, 1, 3, 3), (8, 4, 2, 2), (6, 4, 3)]
+"""Convolutions: 1 x 1, depthwise 1 x 1, 3 x 3, depthwise 3 x 3, a patch embedding, in one dimension."""
 FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
@@ -42,25 +44,24 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 class CameByTheBook:
     """Algorithm 2 of arXiv 2307.02047 for one parameter, letter by letter, in fp64 (with its sums, not means).
 
-    What is not a matrix is not factored and has no instability (as in the authors' experiments).
+    What of the parameter is a matrix is not said there; in NVlabs/Sana (`CAMEWrapper`) it is a weight [n, m] or
+    [n, m, 1, 1]. All else is neither factored nor has it an instability.
     """
 
     def __init__(self, theta: np.ndarray, lr: float, weight_decay: float) -> None:
         self.shape = theta.shape
-        self.theta = theta.reshape(theta.shape[0], -1) if theta.ndim >= 2 else theta.reshape(-1)
+        self.matrix = theta.ndim == 2 or (theta.ndim == 4 and theta.shape[2] == theta.shape[3] == 1)
+        self.theta = theta.reshape(theta.shape[:2] if self.matrix else (1, -1))
         self.lr, self.weight_decay = lr, weight_decay
-        self.m = np.zeros_like(self.theta)
+        self.m, self.v = np.zeros_like(self.theta), np.zeros_like(self.theta)
         self.r = self.R = np.zeros((self.theta.shape[0], 1))
-        self.c = self.C = np.zeros((1, self.theta.shape[-1]))
-        self.v = np.zeros_like(self.theta)
+        self.c = self.C = np.zeros((1, self.theta.shape[1]))
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         b1, b2, b3, eps1, eps2, d = 0.9, 0.999, 0.9999, 1e-30, 1e-16, 1.0
         g = gradient.reshape(self.theta.shape)
-        matrix = g.ndim == 2
-        if matrix:
-            n, m = g.shape
-            one_n, one_m = np.ones((n, 1)), np.ones((m, 1))
+        one_n, one_m = np.ones((g.shape[0], 1)), np.ones((g.shape[1], 1))
+        if self.matrix:
             self.r = b2 * self.r + (1 - b2) * (g**2 + eps1 * one_n @ one_m.T) @ one_m
             self.c = b2 * self.c + (1 - b2) * one_n.T @ (g**2 + eps1 * one_n @ one_m.T)
             v = self.r @ self.c / (one_n.T @ self.r)
@@ -70,7 +71,7 @@ class CameByTheBook:
         u_hat = u / max(1.0, np.sqrt(np.mean(u**2)) / d)
         self.m = b1 * self.m + (1 - b1) * u_hat
         update = self.m
-        if matrix:
+        if self.matrix:
             instability = (u_hat - self.m) ** 2 + eps2 * one_n @ one_m.T
             self.R = b3 * self.R + (1 - b3) * instability @ one_m
             self.C = b3 * self.C + (1 - b3) * one_n.T @ instability
@@ -79,7 +80,7 @@ class CameByTheBook:
         return self.theta.reshape(self.shape)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("stack_elements", [2**24, 40])
 def test_came_follows_the_paper(
@@ -89,7 +90,7 @@ def test_came_follows_the_paper(
     params = parameters(dtype)
     books = [CameByTheBook(param.detach().double().numpy().copy(), 1e-2, weight_decay) for param in params]
     optimizer = build_optimizer("came", params, lr=1e-2, weight_decay=weight_decay)
-    for step in range(7):
+    for step in range(50):
         set_gradients(params, step)
         gated_step(optimizer, FINITE)
         for param, book in zip(params, books, strict=True):
@@ -121,10 +122,37 @@ def test_came_without_any_instability_divides_by_its_eps() -> None:
     torch.testing.assert_close(param.detach(), torch.full_like(param, 1 - 3e-11 / (1e-4 * 1e-16) ** 0.5))
 
 
-def test_came_state_is_factored() -> None:
-    param = torch.nn.Parameter(torch.zeros(8, 4, 3, 3))
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ((8, 4), 8 + 4),
+        ((8, 4, 1, 1), 8 + 4),
+        ((8, 1, 3, 3), None),
+        ((8, 4, 2, 2), None),
+        ((8, 4, 1, 3), None),
+        ((8, 4, 1), None),
+        ((8,), None),
+    ],
+)
+def test_came_factors_matrices_and_convolutions_of_one_by_one(shape: tuple[int, ...], numbers: int | None) -> None:
+    param = torch.nn.Parameter(torch.zeros(shape))
     state = build_optimizer("came", [param], lr=1.0).state[param]
-    assert sum(value.numel() for value in state.values()) == param.numel() + 2 * (8 + 4 * 3 * 3)
+    second_moments = param.numel() if numbers is None else 2 * numbers  # with the instability's
+    assert sum(value.numel() for value in state.values()) == param.numel() + second_moments
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "patch embedding"])
+def test_came_moves_a_convolution_by_its_learning_rate(kind: str) -> None:
+    """Without a step of confidence an update has a root mean square of 1 at most. Factored as [out, in * 9] and divided
+    by its instability this one went 35 times as far."""
+    shape = {"depthwise": (64, 1, 3, 3), "patch embedding": (64, 4, 2, 2)}[kind]
+    param, random = torch.nn.Parameter(torch.zeros(shape)), torch.Generator().manual_seed(0)
+    optimizer = build_optimizer("came", [param], lr=1.0)
+    for _ in range(50):
+        before = param.detach().clone()
+        param.grad = 1 + torch.randn(shape, generator=random)
+        gated_step(optimizer, FINITE)
+        assert (param.detach() - before).square().mean().sqrt() <= 1 + 1e-5
 
 
 def test_came_refuses_half_precision_weights() -> None:
