@@ -30,13 +30,14 @@ FIGURES = "adversarial", "discriminator_loss", "real_score", "fake_score"
 
 @dataclass(frozen=True)
 class AdversarialDraws:
-    """All randomness of P images in one step, fp32 [P, ...]: times t and noise z of what the student is given, time s
-    and noises of what the discriminator is given. Noises are standard normal."""
+    """All randomness of P images in one step, fp32 [P, ...]: times t and noise z of what the student is given, times s
+    and noises of the fakes and of the real ones that the discriminator is given. Noises are standard normal."""
 
     t: Tensor
     z: Tensor
-    s: Tensor
+    fake_s: Tensor
     fake_noise: Tensor
+    real_s: Tensor
     real_noise: Tensor
 
     def __getitem__(self, images: slice) -> AdversarialDraws:
@@ -56,6 +57,9 @@ def draw_adversarial(
     def normal(name: str, *size: int) -> Tensor:
         return torch.randn(images, *size, generator=stream(name), device=device)
 
+    def discriminator_times(name: str) -> Tensor:
+        return logit_normal_times(normal(name), t_max, sigma_data=sigma_data, mean=a.noise_mean, std=a.noise_std)
+
     uniform = torch.rand(images, generator=stream("adversarial max time"), device=device)
     return AdversarialDraws(
         t=adversarial_times(
@@ -68,10 +72,9 @@ def draw_adversarial(
             std=law.p_std,
         ),
         z=normal("adversarial noise", *shape),
-        s=logit_normal_times(
-            normal("discriminator time"), t_max, sigma_data=sigma_data, mean=a.noise_mean, std=a.noise_std
-        ),
+        fake_s=discriminator_times("fake time"),
         fake_noise=normal("fake noise", *shape),
+        real_s=discriminator_times("real time"),
         real_noise=normal("real noise", *shape),
     )
 
@@ -104,7 +107,7 @@ class Adversary:
         with seeded(device, seed, "discriminator"), torch.device(device):
             self.heads = DiscriminatorHeads(backbone.scale_shift_table.shape[1], len(self.layers))
         self.wrapped = parallelize(self.heads, (), "ddp", None, device)
-        self.optimizer = build_optimizer("adamw", self.heads.parameters(), lr=a.lr)
+        self.optimizer = build_optimizer(a.optimizer, self.heads.parameters(), lr=a.lr)
         self._shown: tuple[Batch, AdversarialDraws, list[Tensor]] | None = None
 
     def loss(self, student: Network, batch: Batch, step: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,7 +119,7 @@ class Adversary:
         x = renoise(x0, sigma_data * draws.z, draws.t)
         F = student(x / sigma_data, draws.t, batch.condition, guidance).F
         fake = rotate(x, sigma_data * F.float(), draws.t)
-        features = self._features(fake, draws.fake_noise, draws.s, batch.condition, guidance)
+        features = self._features(fake, draws.fake_noise, draws.fake_s, batch.condition, guidance)
         self.heads.requires_grad_(False)
         scores = self._scores(self.heads, features, x0.shape[-2:])
         self.heads.requires_grad_(True)
@@ -131,7 +134,7 @@ class Adversary:
         x0, guidance = batch.trajectory.x0, batch.trajectory.guidance
         with phase("discriminator"), accumulating(self.wrapped, last=last):
             with torch.no_grad():
-                reals = self._features(x0, draws.real_noise, draws.s, batch.condition, guidance)
+                reals = self._features(x0, draws.real_noise, draws.real_s, batch.condition, guidance)
             both = [torch.cat(pair) for pair in zip(reals, fakes, strict=True)]
             real, fake = self._scores(self.wrapped, both, x0.shape[-2:]).chunk(2)
             loss = discriminator_loss(real, fake, self.images)

@@ -120,6 +120,7 @@ class Adversary(Section):
     )
     noise_mean: float = Field(-0.6, description="of the logit-normal times to which fakes and reals are noised")
     noise_std: PositiveFloat = 1.0
+    optimizer: Literal["adamw", "came"] = "adamw"
     lr: PositiveFloat = 1e-4
     clip: PositiveFloat = 1.0
 

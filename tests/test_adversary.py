@@ -56,11 +56,11 @@ def by_definition(trainer: Trainer) -> list[Tensor]:
     (batch,) = trainer.source(0)
     x0, condition, w = batch.trajectory.x0, batch.condition, batch.trajectory.guidance
     d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.config.teacher.t_max, CPU)
-    t, s = (angle[:, None, None, None] for angle in (d.t, d.s))
+    t, s = (angle[:, None, None, None] for angle in (d.t, d.fake_s))
     x_t = t.cos() * x0 + t.sin() * sigma * d.z
     fake = t.cos() * x_t - t.sin() * sigma * trainer.student(x_t / sigma, d.t, condition, w).F
     x_s = s.cos() * fake + s.sin() * sigma * d.fake_noise
-    features = trainer.teacher.features(x_s / sigma, d.s, condition, w, adversary.layers)
+    features = trainer.teacher.features(x_s / sigma, d.fake_s, condition, w, adversary.layers)
     loss = -adversary.heads(features, (8, 8)).mean()
     answer = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(answer, trainer.parameters, strict=True)]
@@ -78,6 +78,27 @@ def test_the_students_gradient_is_scms_and_the_weighted_adversarial_one(
         torch.testing.assert_close(got, a + 0.7 * b, rtol=1e-3, atol=1e-6)
 
 
+def test_reals_are_noised_to_times_of_their_own(tmp_path: Path) -> None:
+    """Drawn by the same law as the fakes', independently: the discriminator's loss by its definition."""
+    trainer = make(tmp_path)
+    adversary, sigma = adversary_of(trainer), trainer.config.method.sigma_data
+    (batch,) = trainer.source(0)
+    x0, condition, w = batch.trajectory.x0, batch.condition, batch.trajectory.guidance
+    d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.config.teacher.t_max, CPU)
+    adversary.loss(trainer.wrapped, batch, 0, 0)
+    learnt = adversary.learn(last=True)
+    s = d.real_s[:, None, None, None]
+    x_s = s.cos() * x0 + s.sin() * sigma * d.real_noise
+    with torch.no_grad():
+        real = adversary.heads(trainer.teacher.features(x_s / sigma, d.real_s, condition, w, adversary.layers), (8, 8))
+    torch.testing.assert_close(learnt["real_score"], real.mean(), rtol=1e-4, atol=1e-6)
+    many = draw_adversarial(0, 0, 20_000, (1,), trainer.config.method, trainer.config.teacher.t_max, CPU)
+    a, b = (torch.log(sigma * torch.tan(times.double())) for times in (many.fake_s, many.real_s))
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.03  # standard error 0.007
+    for times in (a, b):
+        assert times.mean().item() == pytest.approx(-0.6, abs=0.03) and times.std().item() == pytest.approx(1, abs=0.03)
+
+
 def test_the_students_loss_changes_neither_heads_nor_teacher(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     adversary = adversary_of(trainer)
@@ -86,7 +107,10 @@ def test_the_students_loss_changes_neither_heads_nor_teacher(tmp_path: Path) -> 
     loss.backward()
     assert all(p.grad is None for p in (*adversary.heads.parameters(), *trainer.teacher.parameters()))
     adversary.learn(last=True)
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adversary.heads.parameters())
+    learning = {name: p.grad for name, p in adversary.heads.named_parameters()}
+    assert all(gradient is not None for gradient in learning.values())
+    # (That of the last bias is zero where no score is beyond its margin.)
+    assert all(gradient.abs().max() > 0 for name, gradient in learning.items() if not name.endswith("score.bias"))
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 

@@ -30,13 +30,36 @@ def test_the_published_recipe() -> None:
     c = load_config(CONFIGS / "sana.yaml")
     assert c.method.route.points == 16 and c.train.prompts_per_step == 32 and c.train.steps == 20_000
     assert c.method.guidance == [4.0, 4.5, 5.0] and c.method.sigma_data == 0.5 and c.method.tangent_c == 0.1
-    assert (c.optimizer.name, c.optimizer.lr, c.optimizer.clip) == ("came", 1e-5, 0.1)
+    assert (c.optimizer.name, c.optimizer.clip, c.optimizer.cooldown_steps) == ("came", 0.1, 0)
+    assert c.method.route.kind == "reference" and c.method.route.per_prompt  # a rank had one prompt
     assert c.method.r.model_dump() == {
         "warmup_steps": 4000,
         "final": 0.75,
         "cooldown_start": 15000,
         "cooldown_steps": 2000,
     }
+
+
+@pytest.mark.parametrize(("name", "stated"), [("", 1e-5), ("_1gpu", 1e-5), ("_scm", 2e-6), ("_sprint", 2e-6)])
+def test_learning_rates_are_what_the_released_trainers_made_of_theirs(name: str, stated: float) -> None:
+    """Its `auto_lr`: times the root of the batch, of prompts or images, over 256; 5,000 ticks of warm-up, 32 an update."""
+    c = load_config(CONFIGS / f"sana{name}.yaml")
+    effective = stated * (c.train.prompts_per_step / 256) ** 0.5
+    assert c.optimizer.lr == pytest.approx(effective, rel=2e-3)
+    assert c.optimizer.warmup_steps == 5000 // 32
+    assert c.optimizer.weight_decay == 0 and c.optimizer.betas in (None, [0.9, 0.999, 0.9999])
+
+
+def test_the_published_baselines() -> None:
+    scm, sprint = (load_config(CONFIGS / f"sana_{name}.yaml") for name in ("scm", "sprint"))
+    for c in (scm, sprint):
+        assert c.train.prompts_per_step == 16 * 32 and c.method.r.final == 1 and c.method.r.cooldown_start is None
+        assert (c.method.route.p_mean, c.method.route.p_std) == (0.2, 1.6)
+    a = sprint.method.adversary
+    assert (a.weight, a.max_time, a.layers, a.noise_mean, a.noise_std) == (0.5, 0.5, [2, 8, 14, 19], -0.6, 1)
+    assert (a.optimizer, a.lr, a.clip) == ("came", sprint.optimizer.lr, sprint.optimizer.clip)
+    # Its steps are updates of the student and of the discriminator in turn.
+    assert (2 * sprint.train.steps, 2 * sprint.method.r.warmup_steps) == (scm.train.steps, scm.method.r.warmup_steps)
 
 
 def test_one_gpu_is_the_same_run_as_32() -> None:

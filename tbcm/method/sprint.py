@@ -4,13 +4,11 @@ Latent adversarial distillation (LADD: Sauer et al. 2024, arXiv 2403.12015): wha
 
     fake = f(x_t, t) = cos(t) x_t - sin(t) sigma_d F_theta(x_t / sigma_d, t),    x_t = cos(t) x_0 + sin(t) z,
 
-and the data x_0 itself, `real`, are noised again to a time s, and a discriminator scores features that the frozen
-teacher has of them. Hinge loss: the student raises its fakes' scores, the discriminator tells them from real ones. Of
-the times t a share is t_max, where one-step generation starts.
+and the data x_0 itself, `real`, are noised again, each to a time s of its own, and a discriminator scores features that
+the frozen teacher has of them. Hinge loss: the student raises its fakes' scores, the discriminator tells them from real
+ones. Of the times t a share is t_max, where one-step generation starts.
 
-Where this departs from the released trainer: the discriminator is shown the fakes of the same step, not of one of its
-own; no real images under other images' captions; heads of 3 x 3 convolutions at a quarter of the width, not 1-D ones at
-the whole (`tbcm.models.discriminator`); AdamW for them, with `method.adversary.lr` and `.clip`.
+Where this departs from the released trainer: docs/recipe.md.
 """
 
 from __future__ import annotations
