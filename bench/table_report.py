@@ -53,15 +53,25 @@ class Figures:
         facts = ", ".join(gpus or machines), f"torch {', '.join(torches)}", f"commit {', '.join(commits)}", when
         return f"Measured on {'; '.join(facts)}."
 
+    def changed(self, line: Line) -> bool:
+        """Whether its arm was measured with another recipe than it has now, at this budget."""
+        samples = quality.samples(quality.config_of(quality.ARMS[line.arm], 0, self.budget))
+        found = (row for row in self._rows if row["arm"] == line.arm and row.get("samples") == samples)
+        return any(row["recipe"] != self._recipe(line.arm) for row in found)
+
     def _of(self, arm: str, metric: str) -> list[Row]:
-        if arm not in self._recipes:
-            one = quality.ARMS[arm]
-            self._recipes[arm] = quality.recipe(one, quality.config_of(one, 0, self.budget))
+        recipe = self._recipe(arm)
         return [
             row
             for row in self._rows
-            if row["metric"] == metric and row["recipe"] == self._recipes[arm] and row["seed"] in self.seeds
+            if row["metric"] == metric and row["recipe"] == recipe and row["seed"] in self.seeds
         ]
+
+    def _recipe(self, arm: str) -> str:
+        if arm not in self._recipes:
+            one = quality.ARMS[arm]
+            self._recipes[arm] = quality.recipe(one, quality.config_of(one, 0, self.budget))
+        return self._recipes[arm]
 
 
 def markdown(of: Table, figures: Figures, images: int, floor: Mapping[str, float], extra: Mapping[str, Row]) -> str:
@@ -198,5 +208,6 @@ def _pending(of: Table, figures: Figures) -> str:
     for line in of.lines:
         lacking = [str(seed) for seed in figures.seeds if seed not in figures.of(line, "kid")]
         if lacking:
-            parts.append(f"{line.label} (seed {', '.join(lacking)})")
+            why = "; measured with another recipe" if figures.changed(line) else ""
+            parts.append(f"{line.label} (seed {', '.join(lacking)}{why})")
     return "; ".join(parts)

@@ -274,13 +274,12 @@ def test_two_runs_in_one_folder(call: Run, config: Path, tmp_path: Path) -> None
 def test_ctrl_c_saves_and_says_how_to_go_on(config: Path, tmp_path: Path) -> None:
     arguments, said = [str(config), "train.steps=100000", "log.preview_every=0"], tmp_path / "said.txt"
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
     with started(train_by_itself, arguments, said) as process:
-        while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.is_alive():
+        while not (log.exists() and log.stat().st_size) and process.is_alive():
             time.sleep(0.1)
         assert process.pid is not None
         os.kill(process.pid, signal.SIGINT)
-        process.join(60)
+        process.join()
         assert process.exitcode == 130 and "--resume" in said.read_text(), said.read_text()
     assert checkpoint.latest(tmp_path / "run") is not None
 

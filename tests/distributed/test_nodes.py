@@ -67,7 +67,7 @@ def test_two_nodes_equal_one_process(config: Path, tmp_path: Path, monkeypatch: 
     processes = on_two_nodes(*train)
     try:
         for process in processes:
-            _, err = process.communicate(timeout=240)
+            _, err = process.communicate()
             assert process.returncode == 0, err
     finally:
         for process in processes:

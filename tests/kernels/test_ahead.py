@@ -20,7 +20,7 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(FOLDER.parent)
     command = [sys.executable, "-m", "tbcm_kernels.ahead", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def kernels_in_the_source() -> set[str]:
@@ -45,8 +45,7 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90(dtype: str) -> None:
 
 def test_interpreted_kernels_are_not_compiled() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tbcm_kernels.ahead"], env=environment, capture_output=True, text=True, timeout=100
-    )
+    command = [sys.executable, "-m", "tbcm_kernels.ahead"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in done.stderr.splitlines()[-1]
