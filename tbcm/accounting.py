@@ -71,7 +71,9 @@ _CONVOLUTIONS = {"convolution", "_convolution", "convolution_overrideable"}
 """With (input, weight, bias, stride, padding, dilation, transposed, ...)."""
 _PLAIN_CONVOLUTIONS = {"cudnn_convolution", "mkldnn_convolution", "_slow_conv2d_forward", "_conv_depthwise2d"}
 """With (input, weight, ...), never transposed."""
-_MULTIPLIES = re.compile(r"(^|_)(\w*mm|\w*mv|v?dot|matmul|linear|einsum|\w*gemm|cdist|trilinear|conv([123]d)?|convolution|attention|rnn|lstm|gru)_")
+_MULTIPLIES = re.compile(
+    r"(^|_)(\w*mm|\w*mv|v?dot|matmul|linear|einsum|\w*gemm|cdist|trilinear|conv([123]d)?|convolution|attention|rnn|lstm|gru)_"
+)
 """In the name of an operator that should have a formula."""
 _NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "c10d_functional", "fsdp"}
 """PyTorch's own, in which an operator without a formula is known by its name."""
@@ -82,7 +84,9 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
     packet = func._overloadpacket
     name = packet.__name__.rstrip("_")  # an operation in place is the same
     if func.namespace not in _NAMESPACES:
-        raise UserError(f"the FLOPs of {func} cannot be counted: count those of PyTorch's own operators (TBCM_KERNELS=off)")
+        raise UserError(
+            f"the FLOPs of {func} cannot be counted: count those of PyTorch's own operators (TBCM_KERNELS=off)"
+        )
     if name in _FACTORS:
         return _product(*args[_FACTORS[name] :][:2])
     if name.startswith("_scaled_dot_product_"):
@@ -93,7 +97,9 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         return _convolution(args[0], args[1], out, transposed=False)
     if name == "convolution_backward":
         grad, x, weight, *_, transposed, _, _, wanted = args
-        return _convolution(x, weight, grad, transposed=transposed) * sum(wanted[:2])  # of input and weight, as much each
+        return _convolution(x, weight, grad, transposed=transposed) * sum(
+            wanted[:2]
+        )  # of input and weight, as much each
     if packet in flop_registry:
         return flop_registry[packet](*args, **kwargs, out_val=out)
     if _MULTIPLIES.search(f"{name}_"):

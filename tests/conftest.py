@@ -52,5 +52,7 @@ def kernels() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         yield torch.device("cuda")
         return
+    if trouble := dispatch.interpreter_trouble():
+        pytest.skip(trouble)
     with dispatch.using("interpret"):
         yield torch.device("cpu")

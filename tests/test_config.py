@@ -42,7 +42,7 @@ def test_the_published_recipe() -> None:
 
 @pytest.mark.parametrize(("name", "stated"), [("", 1e-5), ("_1gpu", 1e-5), ("_scm", 2e-6), ("_sprint", 2e-6)])
 def test_learning_rates_are_what_the_released_trainers_made_of_theirs(name: str, stated: float) -> None:
-    """Its `auto_lr`: times the root of the batch, of prompts or images, over 256; 5,000 ticks of warm-up, 32 an update."""
+    """Times the root of the batch, of prompts or images, over 256 (`auto_lr`); 5,000 ticks of warm-up, 32 an update."""
     c = load_config(CONFIGS / f"sana{name}.yaml")
     effective = stated * (c.train.prompts_per_step / 256) ** 0.5
     assert c.optimizer.lr == pytest.approx(effective, rel=2e-3)

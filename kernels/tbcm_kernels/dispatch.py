@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -56,15 +58,28 @@ def without(*operators: str) -> Iterator[None]:
 
 @contextmanager
 def using(mode: Mode) -> Iterator[None]:
-    """Inside, operators take what `mode` says. Raises ValueError where triton was not imported to be interpreted."""
+    """Inside, operators take what `mode` says. Raises ValueError where triton was not imported to be interpreted, or
+    its interpreter cannot work."""
     global _mode
     if mode == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("to interpret kernels, set TRITON_INTERPRET=1 before triton is imported")
+    if mode == "interpret" and (trouble := interpreter_trouble()):
+        raise ValueError(trouble)
     before, _mode = _mode, mode
     try:
         yield
     finally:
         _mode = before
+
+
+def interpreter_trouble() -> str | None:
+    """Why Triton's interpreter cannot work with what is installed."""
+    import triton
+
+    of_triton, of_numpy = ([int(n) for n in re.findall(r"\d+", of.__version__)[:2]] for of in (triton, np))
+    if of_triton == [3, 6] and of_numpy >= [2, 4]:
+        return "the interpreter of triton 3.6 cannot take numpy 2.4: install numpy<2.4 (see constraints-cuda.txt)"
+    return None
 
 
 def mode() -> Mode:

@@ -31,9 +31,9 @@ class CAME(torch.optim.Optimizer):
     (Means in place of the paper's sums: the factors cancel in r c' / mean(r).) Weight decay is decoupled, as in AdamW.
     There is no bias correction.
 
-    Matrices are the weights of linear layers and of 1 x 1 convolutions. All else, other convolutions too, keeps the full
-    second moment, v <- b2 v + (1 - b2) (g^2 + eps1) and u = g / sqrt(v), and takes mu as its update. So it is in the
-    optimiser that Sana was trained with (NVlabs/Sana, diffusion/utils/optimizer.py, `CAMEWrapper`): the paper has
+    Matrices are the weights of linear layers and of 1 x 1 convolutions. All else, other convolutions too, keeps the
+    full second moment, v <- b2 v + (1 - b2) (g^2 + eps1) and u = g / sqrt(v), and takes mu as its update. So it is in
+    the optimiser that Sana was trained with (NVlabs/Sana, diffusion/utils/optimizer.py, `CAMEWrapper`): the paper has
     matrices only, and a depthwise weight factored as [out, 9] moves 35 times as far.
 
     Follows torch's protocol for gradient scalers (`found_inf`, `grad_scale`, see `optimizer.gated_step`): with

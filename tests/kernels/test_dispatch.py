@@ -39,6 +39,23 @@ def test_tensors_of_a_cpu_take_the_reference() -> None:
 
 
 @ON_CPU
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.6.1", "3.0.0rc1", False), ("3.9.0", "2.4.6", True)],
+)
+def test_an_interpreter_that_cannot_work_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, triton: str, numpy: str, works: bool
+) -> None:
+    monkeypatch.setattr("triton.__version__", triton)
+    monkeypatch.setattr("numpy.__version__", numpy)
+    if works:
+        with dispatch.using("interpret"):
+            return
+    with pytest.raises(ValueError, match=r"numpy<2\.4 \(see constraints-cuda\.txt\)"), dispatch.using("interpret"):
+        pass
+
+
+@ON_CPU
 def test_interpreted_ones_take_the_kernel_but_for_those_left_out(kernels: torch.device) -> None:
     x = torch.ones(3)
     assert dispatch.fused("test", x, None)

@@ -75,7 +75,7 @@ def test_backward_runs_the_part_once_more_and_nothing_is_kept_but_inputs_and_par
     tangent = torch.ones_like(x)
     (value, _), kept = saved(lambda: MODES[mode](part, (x, tangent), (modulation, tangent), text))
     given = {tensor.data_ptr() for tensor in (x, modulation, text, *part.parameters())}
-    assert {tensor.data_ptr() for tensor in kept} <= given
+    assert {tensor.data_ptr() for tensor in kept if tensor.numel()} <= given  # torch 2.11 keeps an empty one's place
     assert part.runs == 1
     value.sum().backward()
     assert part.runs == 2
