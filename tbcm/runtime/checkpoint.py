@@ -69,8 +69,8 @@ def load(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
     except CheckpointException as error:
         raise UserError(
             f"checkpoint {checkpoint} does not fit this model or optimizer ({first_failure(error)}): "
-            f"use the configuration in its {MANIFEST}; where that is this one, it is of a version of tbcm whose"
-            " optimizer kept other state (CAME's of convolutions, for one): go on with that version, or start another run"
+            f"use the configuration in its {MANIFEST}; where that is this one, tbcm's optimizer has come to keep"
+            " other state since then (CAME, of convolutions): go on with that version of tbcm, or start another run"
         ) from error
     return manifest
 
