@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,31 +12,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """What a backbone knows of its prompts: named tensors that all lead with P.
+    """What a backbone knows of its prompts: named tensors that all lead with P, and `static` values that are the same
+    for all prompts (ids of tokens, shapes of images).
 
     A batch of B samples is prompt-major: sample b belongs to prompt b // (B / P), so that a prompt's text is held, and
     projected, once however many route points share it.
     """
 
     tensors: Mapping[str, Tensor]
+    static: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 
     def __getitem__(self, prompts: slice) -> Condition:
-        return Condition({k: v[prompts] for k, v in self.tensors.items()})
+        return Condition({k: v[prompts] for k, v in self.tensors.items()}, self.static)
 
     def expand(self, prompts: int) -> Condition:
         """A single prompt's condition, repeated (without copying) for P prompts."""
-        return Condition({k: v.expand(prompts, *v.shape[1:]) for k, v in self.tensors.items()})
+        return Condition({k: v.expand(prompts, *v.shape[1:]) for k, v in self.tensors.items()}, self.static)
 
     def repeat(self, times: int) -> Condition:
         """Every prompt `times` times, as a prompt of its own, prompt-major."""
-        return Condition({k: v.repeat_interleave(times, 0) for k, v in self.tensors.items()})
+        return Condition({k: v.repeat_interleave(times, 0) for k, v in self.tensors.items()}, self.static)
 
     @staticmethod
     def cat(*conditions: Condition) -> Condition:
-        return Condition({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})
+        """One after another; where their texts have different lengths, with zeros behind the shorter (a mask of zeros
+        too, so that nothing sees them)."""
+        names = conditions[0].tensors
+        return Condition({k: _cat([c.tensors[k] for c in conditions]) for k in names}, conditions[0].static)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    longest = max(x.shape[1] if x.dim() > 1 else 0 for x in tensors)
+    return torch.cat([x if x.dim() < 2 or x.shape[1] == longest else _lengthened(x, longest) for x in tensors])
+
+
+def _lengthened(x: Tensor, length: int) -> Tensor:
+    """[P, L, ...] with zeros up to `length`."""
+    return torch.cat([x, x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:])], dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The table of families. A new backbone is a new row; docs/backbones.md says how to find its facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbcm.errors import UserError
+from tbcm.method.formulation import Flow
+from tbcm.models.families.family import Facts, Family, diffusion, flow, from_given, renormed, unit_flow
+from tbcm.models.families.layout import Frames, Patches, Tokens, Video
+
+
+def _sana_time(facts: Facts) -> Flow:
+    return flow(facts, scale=1000.0 * float(facts.network.get("timestep_scale", 1.0)))
+
+
+def _data_to_noise(facts: Facts) -> Flow:
+    """The network's time and answer count from noise to data."""
+    return flow(facts, scale=1.0, reverse=True, sign=-1)
+
+
+def _cogview4_time(facts: Facts) -> Flow:
+    """Alone in giving its network the time before the shift, which depends on the number of tokens."""
+    c = facts.scheduler.config
+    shift = (facts.tokens / c.base_image_seq_len) ** 0.5 * c.max_shift + c.base_shift
+    return flow(facts, shift=shift, sampling_shift=shift)
+
+
+def _labels(prompts: Any) -> dict[str, Any]:
+    """Classes of ImageNet by number, or by the pipeline's own names for them."""
+    try:
+        return {"class_labels": [int(prompt) for prompt in prompts]}
+    except ValueError as error:
+        raise UserError(f"prompts of a class-conditional teacher are numbers of classes: {error}") from None
+
+
+_UNET = {"network": "unet", "sample": "sample", "formulation": diffusion}
+_IDS = ("img_ids", "txt_ids")
+
+ROWS = (
+    Family("StableDiffusionPipeline", **_UNET),
+    Family("StableDiffusionXLPipeline", **_UNET),
+    Family("KolorsPipeline", **_UNET),
+    Family("DDPMPipeline", **_UNET, prompts=lambda prompts: {"batch_size": len(prompts)}, guided=lambda count: {}),
+    Family("DiTPipeline", formulation=diffusion, prompts=_labels, null_first=False),
+    Family("PixArtAlphaPipeline", formulation=diffusion),
+    Family("PixArtSigmaPipeline", formulation=diffusion),
+    Family("StableDiffusion3Pipeline"),
+    Family("SanaPipeline", formulation=_sana_time),
+    Family("WanPipeline", layout=Video()),
+    Family("CogView4Pipeline", formulation=_cogview4_time, ragged=("encoder_hidden_states",)),
+    Family("AuraFlowPipeline", formulation=unit_flow),
+    Family(
+        "FluxPipeline",
+        formulation=unit_flow,
+        layout=Patches(),
+        static=_IDS,
+        guidance="guidance",
+    ),
+    Family("Flux2KleinPipeline", formulation=unit_flow, layout=Tokens()),
+    Family("ChromaPipeline", formulation=unit_flow, layout=Patches(), static=_IDS),
+    Family(
+        "QwenImagePipeline",
+        formulation=unit_flow,
+        layout=Patches(),
+        combine=renormed,
+        masks={"encoder_hidden_states": "encoder_hidden_states_mask"},
+        guided=lambda count: {"negative_prompt": [" "] * count, "true_cfg_scale": 4.0},
+    ),
+    Family("Lumina2Pipeline", formulation=_data_to_noise, combine=renormed),
+    Family(
+        "ZImagePipeline",
+        formulation=_data_to_noise,
+        sample="x",
+        time="t",
+        layout=Frames(),
+        ragged=("cap_feats",),
+        by_list=True,
+        combine=from_given,
+        null_first=False,
+    ),
+)
+
+FAMILIES = {row.pipeline: row for row in ROWS}
+
+
+def family_of(pipeline: str) -> Family:
+    """The row of a pipeline class, by its name. Raises UserError where there is none."""
+    if pipeline not in FAMILIES:
+        raise UserError(
+            f"{pipeline}: no such family; a row in tbcm/models/families/rows.py needs its network's arguments, time,"
+            f" sign and layout of latents (docs/backbones.md). Known: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[pipeline]
