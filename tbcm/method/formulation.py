@@ -105,7 +105,7 @@ class Flow:
 
 
 class Diffusion:
-    """Discrete-time diffusion with a table of abar_k = alpha_k^2, k = 0 .. K-1: x = u, and t_k = atan2(sigma_k, alpha_k).
+    """Discrete-time diffusion with a table of abar_k = alpha_k^2, k = 0 .. K-1: x = u, t_k = atan2(sigma_k, alpha_k).
 
     The network's time is the index k, continued between the t_k by a cubic Hermite curve (once differentiable, exact in
     the t_k), and held at 0 below t_0 = t_min.

@@ -13,6 +13,7 @@ network's attention processors, and none of its code is changed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class ExactTime(TorchFunctionMode):
 
 
 class Differentiable(TorchFunctionMode):
-    """Inside, `torch.func.jvp` of any diffusers network has a derivative, with and without a graph, eager and compiled."""
+    """Inside, any diffusers network has a derivative under `torch.func.jvp`, with and without a graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
@@ -127,13 +128,11 @@ def _is_time(x: Any) -> bool:
 
 
 def _to_half(args: Any, kwargs: Any) -> bool:
-    target = [kwargs.get("dtype"), kwargs.get("other"), *args[1:]]
-    return any(
-        (a if isinstance(a, torch.dtype) else a.dtype if isinstance(a, Tensor) else None) in _HALF for a in target
-    )
+    given = [kwargs.get("dtype"), kwargs.get("other"), *args[1:]]
+    return any((x.dtype if isinstance(x, Tensor) else x) in _HALF for x in given if isinstance(x, Tensor | torch.dtype))
 
 
-_REPLACED = {
+_REPLACED: dict[Any, Callable[..., Tensor]] = {
     functional.scaled_dot_product_attention: attention,
     functional.group_norm: group_norm,
     functional.layer_norm: layer_norm,

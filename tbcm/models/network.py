@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class DiffusersNetwork(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         family: Family,
         formulation: Formulation,
         latents: tuple[int, ...],
@@ -145,7 +145,7 @@ class DiffusersNetwork(nn.Module):
         else:
             answers = list(self.answer(torch.cat([u, u]), torch.cat([t, t]), both, None).chunk(2))
         w = per_sample(guidance, answers[0]).to(answers[0].dtype)
-        return self._as_F(u, t, self.family.combine(*answers, w))
+        return self._trigflow(u, t, self.family.combine(*answers, w))
 
     def answer(self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
         """What the backbone itself says of B samples: a tensor in its own layout (a list stacked)."""
@@ -180,10 +180,8 @@ class DiffusersNetwork(nn.Module):
         with ExitStack() as hooks:
             for index in layers:
                 hooks.callback(blocks[index].register_forward_hook(note(index)).remove)
-            try:
+            with suppress(_EnoughError):
                 self.answer(u, t, _shared_out(u, condition), guidance)
-            except _EnoughError:
-                pass
         return [found[index] for index in layers]
 
     # Inside
@@ -197,7 +195,7 @@ class DiffusersNetwork(nn.Module):
         cast = {k: v.to(self._dtype) if v.dtype in _STATES else v for k, v in condition.tensors.items()}
         return Condition(cast, condition.static)
 
-    def _as_F(self, u: Tensor, t: Tensor, answer: Tensor) -> Tensor:
+    def _trigflow(self, u: Tensor, t: Tensor, answer: Tensor) -> Tensor:
         return self.formulation.output(u, t, self.family.layout.unpack(answer, self.latents).to(u.dtype))
 
     def _compute(
@@ -215,7 +213,7 @@ class DiffusersNetwork(nn.Module):
                 if guidance is None:
                     raise ValueError("this network embeds its guidance scale: pass `guidance` [B]")
                 self._added = self.guidance_embedding(guidance)
-            F = self._as_F(u, t, self.answer(u, t, condition, guidance))
+            F = self._trigflow(u, t, self.answer(u, t, condition, guidance))
             embedding, self._embedding, self._added = self._embedding, None, None
             return F, embedding
 

@@ -13,8 +13,8 @@ from tbcm.method.formulation import Diffusion, Flow, Formulation
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the scheduler: `answer` is the network's, guidance included; `sigmas` [2] before and after (None for a
-    scheduler without), `index` its time."""
+    """One step of the scheduler: `answer` is the network's, guidance included; `sigmas` before and after it, where the
+    scheduler has any; `index` its time."""
 
     sample: Tensor
     answer: Tensor

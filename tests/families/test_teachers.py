@@ -35,7 +35,7 @@ def test_velocity_and_step_are_the_pipelines_own(name: str) -> None:
     pipe, family = tiny.pipe, family_of(type(tiny.pipe).__name__)
     prompts = tiny.prompts[:1] if family.ragged else tiny.prompts  # of which a pipeline pads some to the longest
     count = len(prompts)
-    net, codec = network(tiny)
+    net, _ = network(tiny)
     condition, null = family.encode(pipe, prompts, **tiny.size)
     torch.manual_seed(0)
     arguments = {**family.prompts(prompts), **family.guided(count), **tiny.size}

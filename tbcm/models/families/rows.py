@@ -34,7 +34,7 @@ def _labels(prompts: Any) -> dict[str, Any]:
         raise UserError(f"prompts of a class-conditional teacher are numbers of classes: {error}") from None
 
 
-_UNET = {"network": "unet", "sample": "sample", "formulation": diffusion}
+_UNET: dict[str, Any] = {"network": "unet", "sample": "sample", "formulation": diffusion}
 _IDS = ("img_ids", "txt_ids")
 
 ROWS = (
