@@ -58,10 +58,11 @@ class GuidanceEmbedding(nn.Module):
         super().__init__()
         self.scale = scale
         self.hidden = nn.Linear(_WAVES, _HIDDEN)
-        self.last = nn.ModuleList(nn.Linear(_HIDDEN, width) for width in widths)
-        for layer in self.last:
+        layers = [nn.Linear(_HIDDEN, width) for width in widths]
+        for layer in layers:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.last = nn.ModuleList(layers)
 
     def forward(self, guidance: Tensor) -> list[Tensor]:
         waves = get_timestep_embedding(guidance * self.scale, _WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -83,4 +84,4 @@ def fold_guidance(backbone: nn.Module, embedding: GuidanceEmbedding, guidance: f
             raise UserError(
                 f"{embedder.name} has no bias: the guidance scale {guidance:g} cannot be folded into it for export"
             )
-        embedder.last.bias += g[0].to(embedder.last.bias)
+        embedder.last.bias.add_(g[0].to(embedder.last.bias))

@@ -68,7 +68,8 @@ def attention(
     if all(dual.tangent is None for dual in duals):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
     bias, sees = _bias(attn_mask, q.dtype)
-    y, dy = dual_attention(*((dual.primal, dual.tangent) for dual in duals), bias, scale)  # type: ignore[arg-type]
+    q_dual, k_dual, v_dual = ((dual.primal, dual.tangent) for dual in duals)
+    y, dy = dual_attention(q_dual, k_dual, v_dual, bias, scale)
     out = forward_ad.make_dual(y, dy)
     return out if sees is None else out * sees
 

@@ -221,7 +221,7 @@ class DiffusersNetwork(nn.Module):
             F, embedding = both(u, t)
             return F, None, self._logvar(embedding)
         with Differentiable():
-            F, dF, embedding = torch.func.jvp(both, (u, t), tangents, has_aux=True)
+            F, dF, embedding = torch.func.jvp(both, (u, t), tangents, has_aux=True)  # type: ignore[misc]
         return F, dF.detach(), self._logvar(embedding)
 
     def _logvar(self, embedding: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,9 @@ class Family:
         combine: how the pipeline combines the branches of classifier-free guidance.
         null_first: whether the unconditional branch comes first in a batch of both.
         prompts: a list of prompts as arguments of the pipeline.
-        guided: what else makes it run both branches.
+        guided: what else makes it run both branches; `unguided`: what makes it run one.
+        times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
+            the number of steps, "terminal" the same from noise to where its scheduler is told to end.
     """
 
     pipeline: str
@@ -101,6 +103,8 @@ class Family:
     null_first: bool = True
     prompts: Callable[[Sequence[str]], dict[str, Any]] = lambda prompts: {"prompt": list(prompts)}
     guided: Callable[[int], dict[str, Any]] = lambda count: {"guidance_scale": 4.0}
+    unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:
         """The condition of P prompts, and that of the unconditional branch (P too; None where there is none), as the

@@ -30,10 +30,10 @@ class Image:
         channels, height, width = latents
         return channels, height, width
 
-    def pack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
+    def pack(self, x: Tensor, latents: tuple[int, ...]) -> Any:
         return x
 
-    def unpack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
+    def unpack(self, x: Any, latents: tuple[int, ...]) -> Tensor:
         return x[:, : latents[0]]
 
 
@@ -46,7 +46,7 @@ class Patches(Image):
         x = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
 
-    def unpack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
+    def unpack(self, x: Any, latents: tuple[int, ...]) -> Tensor:
         channels, height, width = latents
         x = x.reshape(-1, height // 2, width // 2, channels, 2, 2)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
@@ -59,7 +59,7 @@ class Tokens(Image):
     def pack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
         return x.flatten(2).mT
 
-    def unpack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
+    def unpack(self, x: Any, latents: tuple[int, ...]) -> Tensor:
         return x.mT.reshape(-1, *latents)
 
 
@@ -74,18 +74,16 @@ class Video(Image):
     def pack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
         return x.reshape(-1, *latents)
 
-    def unpack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
+    def unpack(self, x: Any, latents: tuple[int, ...]) -> Tensor:
         return x.reshape(-1, *self.shape(latents))
 
 
 @dataclass(frozen=True)
 class Frames(Image):
-    """A list of [C, 1, H, W], one a sample (Z-Image)."""
+    """A list of [C, 1, H, W], one a sample (Z-Image); its answers come stacked."""
 
     def pack(self, x: Tensor, latents: tuple[int, ...]) -> list[Tensor]:
         return list(x.unsqueeze(2).unbind(0))
 
-    def unpack(self, x: list[Tensor], latents: tuple[int, ...]) -> Tensor:
-        import torch
-
-        return torch.stack(list(x)).squeeze(2)
+    def unpack(self, x: Any, latents: tuple[int, ...]) -> Tensor:
+        return x.squeeze(2)
