@@ -141,11 +141,11 @@ class DiffusersNetwork(nn.Module):
         """
         both = _in_one_batch(null, condition)
         if both is None:
-            answers = [self.answer(u, t, part, None) for part in (null, condition)]
+            without, given = (self.answer(u, t, part, None) for part in (null, condition))
         else:
-            answers = list(self.answer(torch.cat([u, u]), torch.cat([t, t]), both, None).chunk(2))
-        w = per_sample(guidance, answers[0]).to(answers[0].dtype)
-        return self._trigflow(u, t, self.family.combine(*answers, w))
+            without, given = self.answer(torch.cat([u, u]), torch.cat([t, t]), both, None).chunk(2)
+        w = per_sample(guidance, given).to(given.dtype)
+        return self._trigflow(u, t, self.family.combine(without, given, w))
 
     def answer(self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
         """What the backbone itself says of B samples: a tensor in its own layout (a list stacked)."""
