@@ -1,0 +1,66 @@
+"""Prompts -> Condition for any family: the pipeline's own text encoders, without its network and its autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from tbcm.method.types import Condition
+from tbcm.models.families.family import Family
+from tbcm.models.families.recording import execution_on
+
+_UNUSED = "safety_checker", "feature_extractor", "image_encoder"
+
+
+class RecordedConditions:
+    """What a pipeline tells its network of prompts, on the pipeline's device.
+
+    Args:
+        pipe: the pipeline, as `encoders_of` loads it.
+        size: the arguments of its call that say how large images are, such as height and width.
+    """
+
+    def __init__(self, pipe: Any, family: Family, size: Mapping[str, Any]) -> None:
+        self.pipe, self.family, self.size = pipe, family, dict(size)
+
+    def __call__(self, prompts: Sequence[str]) -> Condition:
+        return self.family.encode(self.pipe, list(prompts), **self.size)[0]
+
+    def null(self, prompt: str) -> Condition | None:
+        """Of the unconditional branch, for one prompt (any); None for a network without one."""
+        return self.family.encode(self.pipe, [prompt], **self.size)[1]
+
+
+def encoders_of(
+    location: str, index: Mapping[str, Any], family: Family, dtype: torch.dtype, device: torch.device, **options: Any
+) -> Any:
+    """The pipeline at `location` with all its weights but the network's and the autoencoder's, whose configurations
+    alone are read; `index` is its model_index.json, `options` go to from_pretrained."""
+    hollow = {
+        part: _hollow(location, part, index[part][1], options) for part in (family.network, "vae") if part in index
+    }
+    cls = getattr(diffusers, index["_class_name"])
+    taken = inspect.signature(cls.__init__).parameters
+    left_out: dict[str, Any] = {part: None for part in _UNUSED if part in taken}
+    if "requires_safety_checker" in taken:
+        left_out["requires_safety_checker"] = False
+    pipe = cls.from_pretrained(location, torch_dtype=dtype, **hollow, **left_out, **options)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in hollow:
+            part.to(device).eval().requires_grad_(False)
+    return execution_on(pipe, device)
+
+
+def _hollow(location: str, part: str, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Modules without memory."""
+    cls = getattr(diffusers, name)
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    config = cls.load_config(location, subfolder=part, **revision)
+    with torch.device("meta"):
+        module: nn.Module = cls.from_config(config)
+    return module

@@ -1,0 +1,41 @@
+"""Conditions from a saved folder, without the network and the autoencoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families.tiny import BUILDERS, make
+from torch import nn
+
+from tbcm.method.types import Condition
+from tbcm.models.families.rows import family_of
+from tbcm.models.families.text import RecordedConditions, encoders_of
+
+
+@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"qwen"}))  # whose template the tiny tokenizer does not know
+def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Path) -> None:
+    tiny = make(name)
+    tiny.pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    family = family_of(index["_class_name"])
+    pipe = encoders_of(str(tmp_path), index, family, torch.float32, torch.device("cpu"))
+    assert all(p.is_meta for p in getattr(pipe, family.network).parameters())
+    text = RecordedConditions(pipe, family, tiny.size)
+    condition, null = family.encode(tiny.pipe, tiny.prompts, **tiny.size)
+    same(text(tiny.prompts), condition)
+    other = text.null(tiny.prompts[0])
+    assert (other is None) == (null is None)
+    if other is not None and not family.ragged:  # of which a null prompt has its own length
+        assert null is not None
+        same(other, null[:1])
+    held = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    assert not any(p.requires_grad for part in held for p in part.parameters() if not p.is_meta)
+
+
+def same(one: Condition, other: Condition) -> None:
+    assert one.tensors.keys() == other.tensors.keys() and one.static.keys() == other.static.keys()
+    for key, value in other.tensors.items():
+        torch.testing.assert_close(one.tensors[key], value, rtol=0, atol=0)
