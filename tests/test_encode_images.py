@@ -199,7 +199,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
             ["data.images=null", "data.latents={home}/fp32", "teacher.path={home}/other"],
             ["teacher.path: {home}/teacher -> {home}/other, scaling_factor: 0.7 -> 0.8;"],
         ),
-        (["data.images={home}/none/*.tar"], ["no such shards"]),
+        (["data.images={home}/none/*.tar"], ["no such folder of images, nor .tar"]),
     ],
 )
 def test_what_cannot_be_trained_on(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tbcm.data.decoding import decode, decoded
-from tbcm.data.images import METADATA, CaptionedImages, open_images
+from tbcm.data.decoding import decode_file, decoded
+from tbcm.data.image_files import METADATA
+from tbcm.data.images import CaptionedImages, open_images
 from tbcm.errors import UserError
 
 MJHQ_METADATA = "meta_data.json"
@@ -56,4 +57,4 @@ class Mjhq:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`."""
-        return decoded(lambda i: decode(self._files[i], self._size), indices)
+        return decoded(lambda i: decode_file(self._files[i], self._size), indices)

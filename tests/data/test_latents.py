@@ -71,7 +71,8 @@ def test_latents_and_captions_of_any_images_in_any_order(tmp_path: Path, dtype: 
     data = PrecomputedLatents(tmp_path / "c")
     assert len(data) == 10 and list(data.captions) == CAPTIONS
     for indices in (range(10), [9, 0, 4, 4], [3]):
-        found = data.latents(indices)
+        found, taken = data.latents(indices)
+        assert taken == list(indices)
         assert found.dtype == torch.float32 and found.shape == (len(indices), 3, 2, 5)
         assert torch.equal(found, torch.stack([latent(i) for i in indices]).to(getattr(torch, dtype)).float())
 
@@ -124,8 +125,8 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
     assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == json.loads(
         (whole / "manifest.json").read_text()
     )
-    expected = PrecomputedLatents(whole).latents(range(10))
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10)), expected)
+    expected = PrecomputedLatents(whole).latents(range(10))[0]
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10))[0], expected)
 
 
 def test_images_added_at_the_end_cost_only_themselves(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path: Path) -> None:
         with one_line(path.name, "No such file", "run tbcm.encode_images again"):
             PrecomputedLatents(tmp_path / "c")
         path.write_bytes(content)
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5])[0], latent(5))
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5])[0][0], latent(5))
 
 
 @pytest.mark.parametrize(
