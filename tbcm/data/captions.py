@@ -105,9 +105,10 @@ def drawn(source: Sequence[str], index: int, epoch: int, seed: int) -> str:
 
 def open_prompts(file: Path) -> PromptSource:
     """The first column of an Arrow file, mapped into memory. Raises UserError where it is missing or damaged."""
-    entries = map_table(file).column(0)
+    table = map_table(file)
+    entries = table.column(0) if table.num_columns else pa.nulls(0)
     kinds = (pa.large_string(), pa.string(), TEXTS)
-    if entries.type not in kinds or entries.null_count:
+    if entries.type not in kinds or entries.null_count or PromptSource(entries).texts.null_count:
         raise UserError(f"{file}: damaged (not a column of texts); remove it to have it made again")
     if entries.type == TEXTS and any((np.diff(chunk.offsets.to_numpy()) < 1).any() for chunk in entries.chunks):
         raise UserError(f"{file}: damaged (an entry without text); remove it to have it made again")

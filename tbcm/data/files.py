@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +14,10 @@ from tbcm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MAX_FILES = 1_000_000
+MAX_FILES = 100_000
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{},]*(?:,[^{},]*)+)\}")
+_BRACES = re.compile(r"\{(?:(?P<first>[0-9]+)\.\.(?P<last>[0-9]+)|(?P<choice>[^{},]*(?:,[^{},]*)+))\}")
+_PIECES = re.compile(r"([0-9]+)?([^0-9]*)")
 _WILD = re.compile(r"[*?\[]")
 _SPLITS = "train", "data"  # Hugging Face's folders of a data set's training part
 _SIGNS = (
@@ -49,9 +50,9 @@ def find(path: str | Path, kinds: Iterable[str], holds: str) -> list[Path]:
     """The files that `path` names: a file, a folder (its own files of one of `kinds`), or a pattern.
 
     A pattern has *, ?, [abc] and ** (any folders), ranges {00000..00041} and choices {a,b}; what stands there as it is
-    written is taken so first. Files come in natural order, in which numbers count as numbers: 2.txt before 10.txt.
-    Hidden files are nobody's data. Of a folder that has no such files, its train/ or data/ is taken, and of files
-    called train... and others beside them only the first.
+    written is taken so first. Files come in natural order, in which numbers count as numbers, 2.txt before 10.txt, and
+    those of ranges and choices in theirs. Hidden files are nobody's data. Of a folder that has no such files, its
+    train/ or data/ is taken, and of files called train... and others beside them only the first.
 
     Args:
         kinds: endings in lower case, such as ".txt".
@@ -79,14 +80,15 @@ def expand(path: str | Path) -> list[Path]:
         if _exists(given):
             return [given]
         found = [Path(given.anchor)]
-        for part in given.parts[len(Path(given.anchor).parts) :]:
-            found = list(itertools.islice(_below(found, part), MAX_FILES + 1))
+        listed = False  # members of a range are expected, even where they are missing
+        for part in given.parts[len(found[0].parts) :]:
+            listed = listed or _BRACES.search(part) is not None
+            found = list(itertools.islice(_below(found, part, listed), MAX_FILES + 1))
             if len(found) > MAX_FILES:
                 raise UserError(f"{path}: names more than {MAX_FILES:,} files; give fewer")
     except (OSError, ValueError) as error:  # too long a name, a NUL byte
         raise UserError(f"{shown(path)}: not a path ({reason(error)})") from None
-    unsure = [file for file in found if not _exists(file)]
-    return found if not unsure or _is_pattern(given) else []
+    return found
 
 
 def home(path: str | Path) -> Path:
@@ -105,9 +107,13 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113
 
 
-def natural(path: Path) -> list[tuple[list[tuple[int, str]], str]]:
-    """Key of the natural order: part by part, numbers as numbers."""
-    return [([(int(x or -1), y) for x, y in re.findall(r"([0-9]*)([^0-9]*)", part)], part) for part in path.parts]
+def natural(path: Path) -> list[tuple[list[tuple[float, str]], str]]:
+    """Key of the natural order: part by part, numbers as numbers, and before letters."""
+
+    def key(part: str) -> list[tuple[float, str]]:
+        return [(int(number) if number else math.inf, text) for number, text in _PIECES.findall(part)]
+
+    return [(key(part), part) for part in path.parts]
 
 
 def own_files(folder: Path, kinds: tuple[str, ...]) -> list[Path]:
@@ -154,39 +160,34 @@ def _of_folder(folder: Path, kinds: tuple[str, ...], holds: str) -> list[Path]:
     raise UserError(f"{folder}: no {holds} in this folder ({', '.join(kinds)})")
 
 
-def _below(folders: Iterable[Path], part: str) -> Iterator[Path]:
-    """What `part` of a pattern names in each folder."""
+def _below(folders: Iterable[Path], part: str, listed: bool) -> Iterator[Path]:
+    """What `part` of a pattern names in each folder; what is not there too, where it is `listed`."""
     for folder in folders:
-        if _exists(folder / part):
-            yield folder / part
-            continue
-        for name in _braces(part):
-            if part == "**":
+        for name in [part] if _exists(folder / part) else _braces(part):
+            if _exists(folder / name) or (listed and not (_WILD.search(name) and _exists(folder))):
+                yield folder / name
+            elif name == "**":
                 yield from sorted((p for p in folder.glob("**") if not _hidden(p, folder)), key=natural)
-            elif _WILD.search(name) and not _exists(folder / name):
+            elif _WILD.search(name):
                 found = [p for p in folder.glob(name) if not p.name.startswith(".") or name.startswith(".")]
                 yield from sorted(found, key=natural)
-            else:
-                yield folder / name
 
 
 def _braces(text: str) -> Iterator[str]:
     """`text` with its first range or choice replaced by each of its members, and so on."""
-    if match := _RANGE.search(text):
-        first, last = match.groups()
-        step = 1 if int(first) <= int(last) else -1
-        members: Iterable[str] = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + step, step))
-    elif match := _CHOICE.search(text):
-        members = match[1].split(",")
-    else:
+    if not (match := _BRACES.search(text)):
         yield text
         return
-    for member in members:
+    for member in _members(match):
         yield from _braces(text[: match.start()] + member + text[match.end() :])
 
 
-def _is_pattern(path: Path) -> bool:
-    return any(_RANGE.search(part) or _CHOICE.search(part) for part in path.parts)
+def _members(match: re.Match[str]) -> Iterable[str]:
+    if match["choice"]:
+        return match["choice"].split(",")
+    first, last = int(match["first"]), int(match["last"])
+    step = 1 if first <= last else -1
+    return (f"{n:0{len(match['first'])}d}" for n in range(first, last + step, step))
 
 
 def _hidden(path: Path, below: Path) -> bool:

@@ -32,7 +32,7 @@ def opened(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     Raises UserError, while it is opened or read inside: it is not text, compressed under another name, or damaged.
     """
     try:
-        with _bytes(path) as file:
+        with _explained(path), _bytes(path) as file:
             head = file.read(HEAD_BYTES)
             if kind := what_it_is(head):
                 raise UserError(f"{path}: is {kind}")
@@ -40,14 +40,9 @@ def opened(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
             encoding = encoding_of(head)
             with io.TextIOWrapper(file, encoding, newline=newline) as text:
                 yield text
-    except UnicodeDecodeError as error:
-        raise UserError(_where_wrong(path, error)) from None
     except UnicodeError as error:
-        raise UserError(f"{path}: not text ({reason(error)}); save the file as UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: cut or damaged ({reason(error)}); copy it again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+        with _explained(path):
+            raise UserError(f"{path}: {_where_wrong(path, error)}; save the file as UTF-8") from None
 
 
 def lines(path: Path, newline: str | None = None) -> Iterator[str]:
@@ -75,6 +70,18 @@ def encoding_of(head: bytes) -> str:
 
 
 @contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cut or damaged ({reason(error)}); copy it again") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeError):
+            raise
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+
+
+@contextmanager
 def _bytes(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
         if path.suffix.lower() != ".gz":
@@ -90,18 +97,17 @@ def _bytes(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, unpacked)
 
 
-def _where_wrong(path: Path, error: UnicodeDecodeError) -> str:
-    """Names line, offset and value of the first byte that is not UTF-8."""
+def _where_wrong(path: Path, error: UnicodeError) -> str:
+    """Line, offset and value of the first byte that is not UTF-8."""
     start = 0
     with _bytes(path) as file:
         if (encoding := encoding_of(file.read(4))) != "utf-8-sig":
-            return f"{path}: not {encoding.upper()}, as its mark says ({error.reason}); save the file as UTF-8"
+            return f"is not {encoding.upper()}, as its first bytes say ({reason(error)})"
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as found:
-                where = f"line {number}, byte {start + found.start:,} (0x{line[found.start]:02x})"
-                return f"{path}: {where} is not UTF-8; save the file as UTF-8"
+                return f"line {number}, byte {start + found.start:,} (0x{line[found.start]:02x}) is not UTF-8"
             start += len(line)
-    raise AssertionError(f"{path} changed while it was read")
+    return "was changed while it was read"
