@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,13 +28,15 @@ class PromptSource(Sequence[str]):
     def __init__(self, entries: pa.Array | pa.ChunkedArray) -> None:
         self._entries = entries
         self._lists = pa.types.is_large_list(entries.type)
+        if self._lists and len(self.texts) == len(entries):  # one each
+            self._entries, self._lists = self.texts, False
 
     @classmethod
     def of(cls, path: Path | str, texts: Iterable[str] | Iterable[list[str]]) -> PromptSource:
         """`texts`, which were read from `path`. Raises UserError where one cannot be encoded as UTF-8."""
-        found = list(texts)
+        found: list[Any] = list(texts)
         try:
-            return cls(pa.array(found, type=TEXTS if found and isinstance(found[0], list) else pa.large_string()))
+            return cls(as_lists(found) if found and isinstance(found[0], list) else pa.array(found, pa.large_string()))
         except UnicodeEncodeError as error:
             raise UserError(f"{path}: cannot be kept as UTF-8: {error}") from None
 
@@ -91,6 +94,13 @@ class PromptSource(Sequence[str]):
             return [entry[0] for entry in found] if self._lists else found
         entry = self._entries[index].as_py()
         return entry[0] if self._lists else entry
+
+
+def as_lists(entries: Sequence[str | list[str]]) -> pa.LargeListArray:
+    """An array of `TEXTS`."""
+    lengths = [len(entry) if isinstance(entry, list) else 1 for entry in entries]
+    texts = itertools.chain.from_iterable(entry if isinstance(entry, list) else (entry,) for entry in entries)
+    return pa.LargeListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int64), pa.array(texts, pa.large_string()))
 
 
 def digest(prompts: Iterable[str]) -> str:

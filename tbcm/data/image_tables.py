@@ -111,7 +111,7 @@ def _image_column(file: Path) -> str:
     """The one column of {bytes, path}, or else of bytes."""
     with open_parquet(file) as opened, explained(file):
         schema = opened.schema_arrow
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _is_bytes(_field(f.type, "bytes"))]
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _may_be_bytes(_field(f.type, "bytes"))]
     plain = [f.name for f in schema if _is_bytes(f.type)]
     for names in (structs, plain):
         if len(names) > 1 and "image" in names:
@@ -129,3 +129,8 @@ def _field(kind: pa.StructType, name: str) -> pa.DataType | None:
 
 def _is_bytes(kind: pa.DataType | None) -> bool:
     return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _may_be_bytes(kind: pa.DataType | None) -> bool:
+    """Where no image has any, the column `bytes` has no type."""
+    return _is_bytes(kind) or (kind is not None and pa.types.is_null(kind))

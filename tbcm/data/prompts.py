@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tbcm.data.captions import TEXTS, PromptSource, open_prompts
-from tbcm.data.files import find, is_file, reason, shown
+from tbcm.data.captions import TEXTS, PromptSource, as_lists, open_prompts
+from tbcm.data.files import find, is_file, shown
 from tbcm.data.tables import KINDS, kind_of, place, read_columns, unit
 from tbcm.errors import UserError
 from tbcm.runtime import distributed
@@ -84,16 +84,19 @@ class _Cleaning:
         with atomic_path(target) as part:
             with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
                 while some := list(itertools.islice(prompts, _PROMPTS_PER_BATCH)):
-                    writer.write_batch(pa.record_batch([pa.array(some, TEXTS)], schema=_SCHEMA))
+                    writer.write_batch(pa.record_batch([as_lists(some)], schema=_SCHEMA))
             if not self.places:
                 raise UserError(f"{self.name}: holds no prompts; give at least one")
         self._report()
 
-    def _cleaned(self, column: str) -> Iterator[list[str]]:
-        """The texts of each entry, stripped and without blank ones."""
+    def _cleaned(self, column: str) -> Iterator[str | list[str]]:
+        """The text of each entry, or its texts; stripped and without blank ones."""
         for number, file in enumerate(self.files):
             for where, (value,) in read_columns(file, [column]):
-                texts = texts_of(value, f"{place(file, where)}: the prompt")
+                if isinstance(value, str) and value.isascii() and "\0" not in value:  # as nearly all are
+                    texts = [text] if (text := value.strip()) else []
+                else:
+                    texts = texts_of(value, f"{place(file, where)}: the prompt")
                 if not texts:
                     self.blank += 1
                     continue
@@ -102,7 +105,7 @@ class _Cleaning:
                     self.file_of.append(number)
                     self.places.append(where)
                     self.hashes.append(hash(text))
-                yield texts
+                yield texts if len(texts) > 1 else texts[0]
 
     def _report(self) -> None:
         hashes = np.frombuffer(self.hashes, np.int64)
@@ -141,8 +144,8 @@ def texts_of(value: Any, what: str) -> list[str]:
             raise UserError(f"{what} is {shown(text)}, which has NUL bytes; give text")
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON can hold halves of surrogate pairs
-            raise UserError(f"{what} is {shown(text)}, which is no Unicode text ({reason(error)}); give text") from None
+        except UnicodeEncodeError:  # JSON can hold halves of surrogate pairs
+            raise UserError(f"{what} is {shown(text)}, which is no Unicode text; give text") from None
         if stripped := text.strip():
             found.append(stripped)
     return found

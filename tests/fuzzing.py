@@ -1,4 +1,4 @@
-"""Every reader of data, fed with damaged files: python tests/data/fuzzing.py [--inputs 20000] [--seed 0]
+"""Every reader of data, fed with damaged files: python tests/fuzzing.py [--inputs 20000] [--seed 0]
 
 Whatever the input, a reader either takes it or raises one UserError of one line that names the file.
 """
