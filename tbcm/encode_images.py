@@ -28,9 +28,10 @@ examples:
   torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana.yaml latents data.images=FOLDER
   torchrun --nproc_per_node 8 -m tbcm.train configs/sana.yaml method.name=scm data.latents=latents
 
-data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column),
+data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column)
+or a .txt beside each, .parquet files with images inside,
 or WebDataset shards: a folder of .tar files, 'shards/*.tar' or 'shards/{00000..00041}.tar', of 0001.jpg (.png, .webp)
-and 0001.txt (or .json, with data.caption_column).
+and 0001.txt (or .json, with data.caption_column). docs/data.md has all of it. data.max_bad_share may be bad.
 
 It may be stopped at any time: the same command goes on, and keeps every file that is there and whole. All nodes must
 see OUT. fp16 takes 64 kB for an image of 1,024 pixels (32 channels of 32 x 32). Training refuses latents of another

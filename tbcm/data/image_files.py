@@ -49,9 +49,9 @@ def read_metadata(metadata: Path, image_size: int, column: str = "text", max_bad
             texts = given(caption, f"{at}: {column}")
             file = _file_name(name, f"{at}: file_name")
             if not is_file(metadata.parent / file):
-                raise SampleError(
-                    f"{at}: {metadata.parent / file} is missing; put it there or take its row out", "missing image"
-                )
+                path = str(metadata.parent / file)
+                path = path if len(path) < 500 else f"{path[:500]}..."
+                raise SampleError(f"{at}: {path} is missing; put it there or take its row out", "missing image")
         except SampleError as error:
             bad.add(error)
             continue

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tbcm.data import latent_writer, latents
+from tbcm.data.captions import PromptSource
 from tbcm.data.latent_writer import LatentWriter
 from tbcm.data.latents import PrecomputedLatents
 from tbcm.errors import UserError
@@ -228,3 +229,28 @@ def test_a_shard_of_another_origin_is_not_taken_for_ours(tmp_path: Path) -> None
     path = tmp_path / "c" / "latents-00001.safetensors"
     save_file(load_file(path), path)
     assert [name for name in writer.names if not writer.is_whole(name)] == [path.name]
+
+
+def test_a_bad_image_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    """In the file too: what stands there is the next image's latent."""
+    writer = LatentWriter(tmp_path / "c", {**MADE_WITH, "dtype": "float32"})
+    writer.begin(CAPTIONS)
+    bad = {3: 4, 8: 0, 9: 0}  # the last of a shard, and the last of all
+    for name in writer.names:
+        mine = writer.indices(name)
+        writer.write(name, [torch.stack([latent(bad.get(i, i)) for i in mine])], [i for i in mine if i in bad])
+    with one_line("3 of 10 images cannot be decoded, more than data.max_bad_share = 0.2 allows"):
+        writer.finish(0.2)
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    assert writer.finish(0.3)["bad"] == [3, 8, 9]
+    data = PrecomputedLatents(tmp_path / "c")
+    found, taken = data.latents(range(10))
+    assert len(data) == 10 and taken == [0, 1, 2, 4, 4, 5, 6, 7, 0, 0]
+    assert torch.equal(found, torch.stack([latent(i) for i in taken]))
+
+
+def test_several_captions_of_an_image_are_kept(tmp_path: Path) -> None:
+    write(tmp_path / "c", captions=PromptSource.of("here", [["a", "b"], ["c"]]))
+    captions = PrecomputedLatents(tmp_path / "c").captions
+    assert captions.all_texts(0, 2) == [["a", "b"], "c"]
+    assert {captions.drawn(0, epoch, seed=0) for epoch in range(20)} == {"a", "b"}
