@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tbcm.adversary import Adversary
 from tbcm.config import Config, Precision, Switch
+from tbcm.data.captions import PromptSource
 from tbcm.data.embeddings import CachedEncoder
-from tbcm.data.images import open_images
+from tbcm.data.images import CaptionedImages, open_images
 from tbcm.data.latents import CaptionedLatents, PrecomputedLatents
-from tbcm.data.prompts import PromptSource, load_prompts
+from tbcm.data.prompts import load_prompts
 from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
@@ -188,8 +189,9 @@ def build_prompts(config: Config) -> PromptSource:
     """Kept in the run's folder: checkpoints need it to be shared by all nodes anyway."""
     path = config.data.prompts
     shipped = resources.files("tbcm.emoji") / "assets" / "prompts.txt"
-    file = Path(str(shipped)) if path == "emoji" else Path(path)
-    return load_prompts(file, config.data.column, folder=Path(config.out) / "prompts")
+    return load_prompts(
+        str(shipped) if path == "emoji" else path, config.data.column, folder=Path(config.out) / "prompts"
+    )
 
 
 def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatents, AutoencoderDC | None]:
@@ -199,10 +201,16 @@ def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatent
         precomputed = PrecomputedLatents(data.latents, device)
         precomputed.check(latents_identity(config))
         return precomputed, None
-    assert data.images is not None
-    images = open_images(data.images, config.teacher.image_size, data.caption_column)
+    images = build_images(config)
     vae = build_vae(config, device)
-    return VaeLatents(vae, images), vae
+    return VaeLatents(vae, images, data.max_bad_share), vae
+
+
+def build_images(config: Config) -> CaptionedImages:
+    """Those of data.images."""
+    data = config.data
+    assert data.images is not None
+    return open_images(data.images, config.teacher.image_size, data.caption_column, data.max_bad_share)
 
 
 def latents_identity(config: Config) -> dict[str, Any]:

@@ -76,14 +76,23 @@ class Text(Section):
 
 
 class Data(Section):
-    prompts: str = Field(description="'emoji' (shipped) or a .txt, .jsonl, .csv or .parquet file")
-    column: str = Field("prompt", description="the column of the prompts (.jsonl, .csv, .parquet)")
+    prompts: str = Field(
+        description="'emoji' (shipped), a .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file, a folder of them,"
+        " or a pattern such as parts/*.parquet"
+    )
+    column: str = Field(
+        "prompt", description="the column of the prompts (all but .txt); json.prompt is a key inside the column json"
+    )
     images: str | None = Field(
         None,
-        description="for the baselines (method.name): 'emoji' (shipped), a folder of images and their metadata.jsonl,"
-        " or WebDataset shards such as shards/*.tar",
+        description="for the baselines (method.name): 'emoji' (shipped), a folder of images with a metadata.jsonl or a"
+        " .txt beside each, WebDataset shards such as shards/*.tar, or .parquet files with images",
     )
     caption_column: str = Field("text", description="the column of the captions in that file, or in the shards' .json")
+    max_bad_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05,
+        description="share of data.images that may be bad: damaged, or without a caption. They are skipped and told",
+    )
     latents: str | None = Field(
         None,
         description="instead of data.images: what python -m tbcm.encode_images wrote; training loads no VAE and no"

@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", help="'emoji' or a .txt, .jsonl, .csv or .parquet file (data.column: which column)")
+    parser.add_argument("prompts", help="'emoji', or files as in data.prompts (data.column: which column)")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as text.max_tokens=120")
     parser.add_argument("--config", required=True, help="of the training: says which encoder, and of which teacher")

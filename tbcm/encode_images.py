@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,10 @@ examples:
   torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana.yaml latents data.images=FOLDER
   torchrun --nproc_per_node 8 -m tbcm.train configs/sana.yaml method.name=scm data.latents=latents
 
-data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column),
+data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column)
+or a .txt beside each, .parquet files with images inside,
 or WebDataset shards: a folder of .tar files, 'shards/*.tar' or 'shards/{00000..00041}.tar', of 0001.jpg (.png, .webp)
-and 0001.txt (or .json, with data.caption_column).
+and 0001.txt (or .json, with data.caption_column). docs/data.md has all of it. data.max_bad_share may be bad.
 
 It may be stopped at any time: the same command goes on, and keeps every file that is there and whole. All nodes must
 see OUT. fp16 takes 64 kB for an image of 1,024 pixels (32 channels of 32 x 32). Training refuses latents of another
@@ -72,8 +73,7 @@ def main() -> None:
 
 def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
     """Fills the folder `out` with the latents of data.images. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_black_latent, build_vae, latents_identity, vae_weights
-    from tbcm.data.images import open_images
+    from tbcm.build import build_black_latent, build_images, build_vae, latents_identity, vae_weights
     from tbcm.data.latent_writer import LatentWriter
     from tbcm.data.sharded import progress_bar, share
     from tbcm.encoded import VaeLatents
@@ -88,33 +88,41 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
         "computed_in": str(vae_weights(config, device)).removeprefix("torch."),
         "dtype": dtype,
     }
-    images = open_images(data.images, config.teacher.image_size, data.caption_column)
+    images = build_images(config)
     writer = LatentWriter(Path(out), made_with)
     distributed.run_on_main(lambda: writer.begin(images.captions))
     build_black_latent(config.model_copy(update={"out": out}), device)  # training has no VAE to make it with
     todo, whole = share(writer.names, writer.is_whole)
     if todo:
-        encoded = VaeLatents(build_vae(config, device), images)
+        encoded = VaeLatents(build_vae(config, device), images, data.max_bad_share)
         with progress_bar(sum(len(writer.indices(name)) for name in todo), "image") as progress:
             for name in todo:
-                writer.write(name, _batches(encoded, writer.indices(name), batch, progress))
+                writer.write(name, *_encoded(encoded, writer.indices(name), batch, progress))
     distributed.barrier()
-    manifest = distributed.run_on_main(writer.finish)
+    manifest = distributed.run_on_main(lambda: writer.finish(data.max_bad_share))
     logging.getLogger("tbcm").info("%s", summary(manifest, out, kept=len(whole)))
 
 
-def _batches(encoded: CaptionedLatents, indices: Sequence[int], batch: int, progress: tqdm[Any]) -> Iterator[Tensor]:
+def _encoded(
+    encoded: CaptionedLatents, indices: Sequence[int], batch: int, progress: tqdm[Any]
+) -> tuple[list[Tensor], list[int]]:
+    """Latents batch by batch, and which images are bad: others have taken their places."""
+    latents, bad = [], []
     for start in range(0, len(indices), batch):
         some = indices[start : start + batch]
-        yield encoded.latents(some)
+        found, taken = encoded.latents(some)
+        latents.append(found.cpu())
+        bad += [index for index, other in zip(some, taken, strict=True) if index != other]
         progress.update(len(some))
+    return latents, bad
 
 
 def summary(manifest: dict[str, Any], out: str, kept: int) -> str:
     size = sum(file["bytes"] for file in manifest["files"].values())
     shape = " x ".join(map(str, manifest["shape"]))
     return f"{out}: {manifest['images']:,} latents of {shape}, {size / 1e6:,.1f} MB" + (
-        f" ({kept:,} files were there already)" * bool(kept)
+        f", {len(manifest['bad']):,} of them of bad images, which training will skip" * bool(manifest["bad"])
+        + f" ({kept:,} files were there already)" * bool(kept)
     )
 
 

@@ -11,9 +11,10 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.config import Method
+from tbcm.data.bad import GoodImages
+from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.data.images import CaptionedImages
 from tbcm.data.latents import CaptionedLatents
-from tbcm.data.prompts import batch_indices
 from tbcm.method.route import logit_normal_times
 from tbcm.method.scm import scm_trajectory
 from tbcm.models.loading import encode_images
@@ -24,21 +25,23 @@ from tbcm.runtime.seeding import generator
 
 
 class VaeLatents:
-    """`CaptionedLatents` of images that the VAE encodes when they are asked for, on its device."""
+    """`CaptionedLatents` of images that the VAE encodes when they are asked for, on its device. At most
+    `max_bad_share` of them may be such that cannot be decoded."""
 
-    def __init__(self, vae: AutoencoderDC, images: CaptionedImages) -> None:
+    def __init__(self, vae: AutoencoderDC, images: CaptionedImages, max_bad_share: float = 0.0) -> None:
         self.vae, self.images, self.captions = vae, images, images.captions
+        self._good = GoodImages(images, max_bad_share)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def latents(self, indices: Sequence[int]) -> Tensor:
-        """See `CaptionedLatents`."""
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """See `CaptionedLatents`. Raises UserError where too many images cannot be decoded."""
         with phase("vae"):
-            images = self.images.images(indices)
+            images, taken = self._good(indices)
             if self.vae.device.type == "cuda":
                 images = images.pin_memory()  # else the host would wait for the copy
-            return encode_images(self.vae, images.to(self.vae.device, non_blocking=True))
+            return encode_images(self.vae, images.to(self.vae.device, non_blocking=True)), taken
 
 
 class NoisedLatents:
@@ -69,10 +72,11 @@ class NoisedLatents:
         self.batches, self.first_point, self.samples_per_prompt = len(self.parts), 0, 1
 
     def __call__(self, step: int) -> Iterator[Batch]:
-        indices = batch_indices(len(self.latents), self.prompts_per_step, step, self.seed)
+        size = len(self.latents), self.prompts_per_step, step
+        indices, epochs = batch_indices(*size, self.seed), batch_epochs(*size)
         draws = self._draw(step)
         for part in self.parts:
-            yield self._batch(indices[part], draws[part])
+            yield self._batch(indices[part], epochs[part], draws[part])
 
     def _draw(self, step: int) -> Draws:
         """The draws of the step's global batch, as in `draw`, with a route of one logit-normal time per image."""
@@ -84,11 +88,13 @@ class NoisedLatents:
         return replace(draws, route=t[:, None])
 
     @torch.no_grad()
-    def _batch(self, indices: list[int], draws: Draws) -> Batch:
+    def _batch(self, indices: list[int], epochs: list[int], draws: Draws) -> Batch:
         sigma_data = self.method.sigma_data
+        xbar0, taken = self.latents.latents(indices)
+        captions = [drawn(self.latents.captions, *place, self.seed) for place in zip(taken, epochs, strict=True)]
         with phase("text"):
-            condition = self.text([self.latents.captions[i] for i in indices])
-        x0 = sigma_data * self.latents.latents(indices)
+            condition = self.text(captions)
+        x0 = sigma_data * xbar0
         noise, t = draws.noise * sigma_data, draws.route[:, 0]
         with phase("teacher"):
             velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance)

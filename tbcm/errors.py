@@ -11,7 +11,9 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do about it."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        line = " ".join(super().__str__().split())
+        # Input is quoted in it, which may hold what would move a terminal's cursor, or cannot be written at all.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], int]:

@@ -88,8 +88,8 @@ class RandomLatents:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def latents(self, indices: Sequence[int]) -> Tensor:
-        return torch.randn(len(indices), *self._one.shape, device=self._one.device)
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        return torch.randn(len(indices), *self._one.shape, device=self._one.device), list(indices)
 
 
 class RandomEncoder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tbcm.config import Method, Route
-from tbcm.data.prompts import batch_indices
+from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, guided, rollout
 from tbcm.method.route import logit_normal_route, random_route, reference_route
@@ -169,12 +169,14 @@ class TeacherRollouts:
         self.samples_per_prompt = method.route.points - self.first_point
 
     def __call__(self, step: int) -> Iterator[Batch]:
-        indices = batch_indices(len(self.prompts), self.prompts_per_step, step, self.seed)
+        size = len(self.prompts), self.prompts_per_step, step
+        places = list(zip(batch_indices(*size, self.seed), batch_epochs(*size), strict=True))
         draws = draw(
             self.seed, step, self.prompts_per_step, self.black.shape, self.method, self.t_max, self.black.device
         )
         for part in self.parts:
-            yield self._batch([self.prompts[i] for i in indices[part]], draws[part])
+            prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[part]]
+            yield self._batch(prompts, draws[part])
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], draws: Draws) -> Batch:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tbcm.adversary import FIGURES
 from tbcm.build import Parts, autocast, build_adversary, build_source, dtype_of, switch
 from tbcm.config import Config, Precision
-from tbcm.data.prompts import digest
+from tbcm.data.captions import digest
 from tbcm.errors import UserError
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss

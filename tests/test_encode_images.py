@@ -199,7 +199,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
             ["data.images=null", "data.latents={home}/fp32", "teacher.path={home}/other"],
             ["teacher.path: {home}/teacher -> {home}/other, scaling_factor: 0.7 -> 0.8;"],
         ),
-        (["data.images={home}/none/*.tar"], ["no such shards"]),
+        (["data.images={home}/none/*.tar"], ["no such folder of images, nor .tar"]),
     ],
 )
 def test_what_cannot_be_trained_on(
@@ -225,3 +225,26 @@ def test_bad_input_of_the_command(home: Path, tmp_path: Path, call: Call) -> Non
     assert_one_line(error(tmp_path / "c", "teacher.image_size=100"), "teacher.image_size = 100", "multiple of 8")
     assert_one_line(error(home / "fp32"), "dtype: float32 -> float16")
     assert_one_line(error(home / "fp32", "--dtype", "fp32", f"data.images={home}/0.tar"), "data.images: ", "0.tar")
+
+
+def test_bad_images_are_skipped_alike_with_and_without_latents(home: Path, tmp_path: Path, call: Call) -> None:
+    """Two of ten images cannot be decoded and one has two captions: encoded or not, it is the same run."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(COUNT):
+        Image.fromarray(pixels(index)).save(images / f"{index}.png")
+        (images / f"{index}.json").write_text(json.dumps({"text": [f"image {index}", "another"][: 1 + (index == 2)]}))
+    for index in (3, 9):
+        (images / f"{index}.png").write_bytes(b"not an image")
+    given = [f"data.images={images}", "data.max_bad_share=0.2"]
+    code, _, said = call(encode_images.main, home / "c.yaml", tmp_path / "out", "--dtype", "fp32", *given)
+    assert code == 0 and "10 latents of 4 x 8 x 8" in said and "2 of them of bad images" in said
+    weights, losses = trained(home, tmp_path / "run", *given)
+    ours, our_losses = trained(home, tmp_path / "encoded", *from_latents(tmp_path / "out"))
+    assert our_losses == pytest.approx(losses, rel=1e-4)
+    for name in weights:
+        torch.testing.assert_close(ours[name], weights[name], rtol=1e-3, atol=1e-4)
+    assert_one_line(
+        call(train.main, home / "c.yaml", f"out={tmp_path / 'no'}", f"data.images={images}"),
+        *("of 10 samples are bad, more than data.max_bad_share = 0.05 allows", "cannot be decoded"),
+    )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tbcm
 from tbcm.data import sharded
+from tbcm.data.captions import PromptSource, open_prompts
 from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, STATES, Shard, shard_name
-from tbcm.data.prompts import PromptSource, open_prompts
 from tbcm.data.sharded import MANIFEST, key_of
 from tbcm.runtime.files import atomic_path, write_json
 
@@ -38,7 +38,7 @@ class CacheWriter:
         Raises UserError where the folder holds a finished cache that was made with other settings.
         """
         STATES.begin(self.folder, self.made_with)
-        distinct = pc.unique(source.arrow)
+        distinct = pc.unique(source.texts)
         table = pa.table({"prompt": distinct, "order": pc.sort_indices(distinct)})
         with atomic_path(self.folder / PROMPTS) as part, pa.ipc.new_file(str(part), table.schema) as writer:
             writer.write_table(table)

@@ -16,17 +16,32 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
-from tbcm.data.prompts import map_table
-from tbcm.data.sharded import Kind, differences
+from tbcm.data.captions import map_table
+from tbcm.data.sharded import Kind, Manifest, differences
 from tbcm.errors import UserError
 
-STATES = Kind("text states", "tbcm.encode", format=1)
+
+class MadeWith(BaseModel):
+    max_tokens: PositiveInt = Field(alias="text.max_tokens")
+    dtype: Literal["bfloat16", "float32"]
+
+
+class StatesManifest(Manifest):
+    made_with: MadeWith  # type: ignore[assignment]
+    made_from: dict[str, Any]
+    dim: PositiveInt
+
+
+STATES = Kind("text states", "tbcm.encode", 1, StatesManifest)
 PROMPTS, NULL = "prompts.arrow", "null.safetensors"
 SHARD_PROMPTS = 1024
 """At most 1.4 GB: 300 tokens of 2,304 bf16 numbers each."""
@@ -49,8 +64,7 @@ class CachedEncoder:
         self.dim: int = self.manifest["dim"]
         self.max_tokens: int = self.manifest["made_with"]["text.max_tokens"]
         self._dtype: torch.dtype = getattr(torch, self.manifest["made_with"]["dtype"])
-        table = map_table(self.folder / PROMPTS)
-        self._prompts, self._order = table["prompt"], table["order"].chunk(0).to_numpy()
+        self._prompts, self._order = _distinct(self.folder / PROMPTS)
         self._shards: dict[str, Shard] = {}
 
     def check(self, wanted: Mapping[str, Any]) -> None:
@@ -108,8 +122,9 @@ class CachedEncoder:
     def _shard(self, name: str) -> Shard:
         if name not in self._shards:
             shard = Shard(self.folder / name)
-            if shard.metadata.get("sha256") != self.manifest["files"][name]["sha256"]:
+            if shard.metadata.get("sha256") != self.manifest["files"].get(name, {}).get("sha256"):
                 raise UserError(f"{self.folder / name}: was encoded again since this run began; start it again")
+            shard.check(self.dim, self._dtype, self.max_tokens)
             self._shards[name] = shard
         return self._shards[name]
 
@@ -120,11 +135,44 @@ class Shard:
     def __init__(self, path: Path) -> None:
         # The states [tokens of all, D] are read where they are used; prompt p has tokens offsets[p : p + 2] of them.
         self.metadata, (self.states, self.offsets) = STATES.read(path, "states", "offsets")
+        if self.states.ndim != 2 or self.offsets.ndim != 1 or self.offsets.dtype != torch.int64:
+            raise STATES.damaged(path, "its tensors have other shapes or types than states have")
+        self.path = path
         self._starts: list[int] = self.offsets.tolist()
+        if [*self._starts[:1], *self._starts[-1:]] != [0, len(self.states)] or (self.offsets.diff() < 0).any():
+            raise STATES.damaged(path, "its offsets are not those of its states")
+
+    def check(self, dim: int, dtype: torch.dtype, max_tokens: int) -> None:
+        """Raises UserError where these are no states of such a kind."""
+        longest = int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
+        if self.states.shape[1] != dim or self.states.dtype != dtype or longest > max_tokens:
+            raise STATES.damaged(self.path, "its states are not of the kind that the manifest tells")
 
     def __getitem__(self, prompt: int) -> Tensor:
         """Its states [tokens, D]."""
+        if prompt + 1 >= len(self._starts):
+            raise STATES.damaged(self.path, f"it has no prompt {prompt}")
         return self.states[self._starts[prompt] : self._starts[prompt + 1]]
+
+
+def _distinct(file: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """The distinct prompts, and their sorted order."""
+    table = map_table(file)
+    if table.column_names != ["prompt", "order"] or not pa.types.is_integer(table.schema.field("order").type):
+        raise STATES.damaged(file, "it has other columns than prompts and their order")
+    prompts, order = table["prompt"], table["order"]
+    order = order.to_numpy()
+    strings = pa.types.is_string(prompts.type) or pa.types.is_large_string(prompts.type)
+    if not strings or prompts.null_count or table["order"].null_count or not _is_permutation(order):
+        raise STATES.damaged(file, "its order is none of its prompts")
+    return prompts, order
+
+
+def _is_permutation(order: np.ndarray) -> bool:
+    """Of [0, n). Takes a fifth of a second for ten million."""
+    counts = np.zeros(len(order), bool)
+    counts[order[(order >= 0) & (order < len(order))].astype(np.int64)] = True
+    return bool(counts.all())
 
 
 def shard_name(number: int) -> str:

@@ -1,5 +1,4 @@
-"""Captioned images, for the baselines that train on data: a folder in Hugging Face's imagefolder layout, WebDataset
-shards (`tbcm.data.webdataset`), or the shipped emoji. They are decoded when asked for."""
+"""Captioned images, for the baselines that train on data. They are decoded when asked for."""
 
 from __future__ import annotations
 
@@ -11,18 +10,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tbcm.data.decoding import decode, decoded, to_unit
-from tbcm.data.prompts import PromptSource
-from tbcm.data.tables import place, read_column
+from tbcm.data.captions import PromptSource
+from tbcm.data.decoding import to_unit
+from tbcm.data.files import expand, is_file, is_folder, of_training, own_files, training_part
+from tbcm.data.image_files import METADATA, read_metadata, read_pairs
+from tbcm.data.image_tables import ImageTables
+from tbcm.data.samples import IMAGES
 from tbcm.data.webdataset import WebDataset
 from tbcm.emoji.dataset import SIZE, read_atlas
 from tbcm.errors import UserError
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-
 
 class CaptionedImages(Protocol):
-    """Images with one caption each."""
+    """Images with captions."""
 
     @property
     def captions(self) -> Sequence[str]: ...
@@ -30,49 +30,61 @@ class CaptionedImages(Protocol):
     def __len__(self) -> int: ...
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """Those images in that order, [B, 3, H, W] float32 in [-1, 1] on the CPU."""
+        """Those images in that order, [B, 3, H, W] float32 in [-1, 1] on the CPU.
+
+        Raises SampleError, with its index, for the first that cannot be decoded.
+        """
         ...
 
 
-def open_images(path: str, image_size: int, column: str = "text") -> CaptionedImages:
-    """`path` 'emoji' is the shipped images; a folder is an `ImageFolder`, or where it holds .tar shards instead of
-    metadata, like a path that names some, a `WebDataset`."""
-    if path == "emoji":
-        return ShippedEmoji(image_size)
-    folder = Path(path).expanduser()
-    if ".tar" in folder.name and not folder.is_dir():
-        return WebDataset(path, image_size, column)
-    if not any((folder / name).is_file() for name in METADATA) and any(folder.glob("*.tar")):
-        return WebDataset(str(folder / "*.tar"), image_size, column)
-    return ImageFolder(folder, image_size, column)
+def open_images(path: str, image_size: int, column: str = "text", max_bad_share: float = 0.0) -> CaptionedImages:
+    """The images that `path` names, made square, of `image_size` pixels (see `tbcm.data.decoding.decode`):
 
+    'emoji': those that are shipped.
+    A folder with a metadata.jsonl, .csv or .parquet: `file_name` names each row's image.
+    .tar files: see `WebDataset`. .parquet files: see `ImageTables`. Both may be patterns, or in a folder.
+    A folder of images, at any depth, with a .txt or .json beside each.
 
-class ImageFolder:
-    """A folder of images and a metadata.jsonl, .csv or .parquet whose rows name a file (relative to the folder) in
-    `file_name` and its caption in `column`.
-
-    Images are made square, of `image_size` pixels (see `decode`).
+    Of a folder that is none of these, its train/ or data/ is taken. Captions are in `column` (not of .txt). Bad samples
+    are skipped, counted and told, if no more than `max_bad_share`.
 
     Raises:
-        UserError: no such folder, metadata or file; metadata that is malformed, empty or not UTF-8, lacks a column or
-            has a row without a caption. A damaged image is found when it is decoded.
+        UserError: there are no such images; metadata is malformed; or too many samples are bad.
     """
+    if path == "emoji":
+        return ShippedEmoji(image_size)
+    found = expand(path)
+    if not found:
+        raise UserError(f"{path}: no such folder of images, nor .tar or .parquet files")
+    if len(found) == 1 and is_folder(found[0]):
+        return _of_folder(found[0], path, image_size, column, max_bad_share)
+    return _of_files(found, path, image_size, column, max_bad_share)
 
-    def __init__(self, path: str | Path, image_size: int, column: str = "text") -> None:
-        self.folder, self.size = Path(path).expanduser(), image_size
-        metadata = _metadata(self.folder)
-        names, captions = _rows(metadata, column)
-        self._files, self.captions = PromptSource.of(metadata, names), PromptSource.of(metadata, captions)
-        for name in self._files:
-            if not (self.folder / name).is_file():
-                raise UserError(f"{metadata}: {self.folder / name} is missing; put it there or take its row out")
 
-    def __len__(self) -> int:
-        return len(self.captions)
+def metadata_of(folder: Path) -> Path | None:
+    """The file that names a folder's images and their captions, if it has one."""
+    return next((folder / name for name in METADATA if is_file(folder / name)), None)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """See `CaptionedImages`. Raises UserError naming the first image that cannot be decoded."""
-        return decoded(lambda i: decode(self.folder / self._files[i], self.size), indices)
+
+def _of_folder(folder: Path, path: str, image_size: int, column: str, max_bad_share: float) -> CaptionedImages:
+    options = image_size, column, max_bad_share
+    for part in training_part(folder):
+        if metadata := metadata_of(part):
+            return read_metadata(metadata, *options)
+        if files := own_files(part, (".tar",)) or own_files(part, (".parquet",)):
+            return _of_files(of_training(files), path, *options)
+        if own_files(part, tuple(f".{image}" for image in IMAGES)):
+            return read_pairs(part, *options)
+    return read_pairs(next((part for part in training_part(folder) if part.name == "train"), folder), *options)
+
+
+def _of_files(files: list[Path], path: str, image_size: int, column: str, max_bad_share: float) -> CaptionedImages:
+    endings = {file.suffix.lower() for file in files}
+    if endings == {".parquet"}:
+        return ImageTables(path, files, image_size, column, max_bad_share)
+    if all(".tar" in file.name.lower() for file in files):
+        return WebDataset(path, files, image_size, column, max_bad_share)
+    raise UserError(f"{path}: names neither .tar nor .parquet files but {', '.join(sorted(endings)) or 'others'}")
 
 
 class ShippedEmoji:
@@ -88,7 +100,7 @@ class ShippedEmoji:
         assets = Path(str(resources.files("tbcm.emoji") / "assets"))
         rows = json.loads((assets / "real.json").read_text(encoding="utf-8"))["images"]
         seen = [i for i, row in enumerate(rows) if not row["held_out"]]
-        self.captions: Sequence[str] = [rows[i]["caption"] for i in seen]
+        self.captions = PromptSource.of("emoji", [rows[i]["caption"] for i in seen])
         self._images = read_atlas(assets / "real.webp", len(rows))[seen]
 
     def __len__(self) -> int:
@@ -97,29 +109,3 @@ class ShippedEmoji:
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`."""
         return to_unit(self._images[list(indices)])
-
-
-def _metadata(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    for name in METADATA:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(
-        f"{folder}: has no {' or '.join(METADATA)}, nor .tar shards; write one with each image's file_name and caption"
-    )
-
-
-def _rows(metadata: Path, column: str) -> tuple[list[str], list[str]]:
-    """File names and captions."""
-    names, captions = [], []
-    entries = zip(read_column(metadata, "file_name"), read_column(metadata, column), strict=True)
-    for (where, name), (_, caption) in entries:
-        for key, value in (("file_name", name), (column, caption)):
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{place(metadata, where)}: {key} is {value!r}; give text or take it out")
-        names.append(name.strip())
-        captions.append(caption.strip())
-    if not names:
-        raise UserError(f"{metadata}: has no rows; give each image one")
-    return names, captions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 
 import tbcm
 from tbcm.data import sharded
-from tbcm.data.latents import CAPTIONS, LATENTS, SHARD_IMAGES, shard_name
-from tbcm.data.prompts import PromptSource, open_prompts
+from tbcm.data.captions import PromptSource, open_prompts
+from tbcm.data.latents import CAPTIONS, LATENTS, SHARD_IMAGES, shard_name, shard_number
 from tbcm.data.sharded import MANIFEST, key_of
 from tbcm.errors import UserError
 from tbcm.runtime.files import atomic_path, write_json
@@ -38,7 +39,8 @@ class LatentWriter:
         Raises UserError where the folder holds finished latents that were made with other settings.
         """
         LATENTS.begin(self.folder, self.made_with)
-        table = pa.table({"caption": PromptSource.of(self.folder / CAPTIONS, captions).arrow})
+        source = captions if isinstance(captions, PromptSource) else PromptSource.of(self.folder / CAPTIONS, captions)
+        table = pa.table({"caption": source.entries})
         with atomic_path(self.folder / CAPTIONS) as part, pa.ipc.new_file(str(part), table.schema) as writer:
             writer.write_table(table)
 
@@ -49,15 +51,15 @@ class LatentWriter:
 
     def indices(self, name: str) -> range:
         """The images of a file."""
-        start = int(name.removeprefix("latents-").removesuffix(".safetensors")) * SHARD_IMAGES
+        start = shard_number(name) * SHARD_IMAGES
         return range(start, min(start + SHARD_IMAGES, len(self._captions)))
 
     def is_whole(self, name: str) -> bool:
         """Whether a file is there, of these captions and settings and in its full length."""
         return LATENTS.is_whole(self.folder / name, self._key(name), "latents")
 
-    def write(self, name: str, encoded: Iterable[Tensor]) -> None:
-        """A file from the scaled latents [B, C, h, w] of its images, batch by batch.
+    def write(self, name: str, encoded: Iterable[Tensor], bad: Sequence[int] = ()) -> None:
+        """A file from the scaled latents [B, C, h, w] of its images, batch by batch; those of `bad` images are others'.
 
         Raises UserError where one is not finite.
         """
@@ -69,21 +71,32 @@ class LatentWriter:
                 f"image {index} ({self._captions[index]!r}): its latent is not finite in {self.made_with['dtype']};"
                 " choose another teacher.precision, or take the image out"
             )
-        sharded.write(self.folder / name, self._key(name), {"latents": latents}, beside=self.folder / CAPTIONS)
+        sharded.write(self.folder / name, self._key(name), {"latents": latents}, beside=self.folder / CAPTIONS, bad=bad)
 
-    def finish(self) -> dict[str, Any]:
-        """Writes the manifest and returns it. Rank 0 does, when all files are there."""
+    def finish(self, max_bad_share: float = 0.0) -> dict[str, Any]:
+        """Writes the manifest and returns it. Rank 0 does, when all files are there.
+
+        Raises UserError where more than `max_bad_share` of the images are bad.
+        """
         for name in {path.name for path in self.folder.glob("latents-*.safetensors")} - set(self.names):
             (self.folder / name).unlink()  # of more images
         files: dict[str, dict[str, Any]] = {CAPTIONS: {}}
+        bad: list[int] = []
         for name in self.names:
             metadata, (latents,) = LATENTS.read(self.folder / name, "latents")
             files[name] = {"images": len(latents), "sha256": metadata["sha256"]}
+            bad += json.loads(metadata.get("bad", "[]"))
+        if len(bad) > max_bad_share * len(self._captions):
+            raise UserError(
+                f"{len(bad):,} of {len(self._captions):,} images cannot be decoded, more than data.max_bad_share ="
+                f" {max_bad_share:g} allows"
+            )
         manifest = {
             "format": LATENTS.format,
             "tbcm": tbcm.__version__,
             "made_with": self.made_with,
             "images": len(self._captions),
+            "bad": bad,
             "shape": list(latents.shape[1:]),
             "files": {name: {"bytes": (self.folder / name).stat().st_size, **file} for name, file in files.items()},
         }
@@ -96,4 +109,4 @@ class LatentWriter:
 
     def _key(self, name: str) -> str:
         images = self.indices(name)
-        return key_of(LATENTS.format, self.made_with, self._captions[images.start : images.stop])
+        return key_of(LATENTS.format, self.made_with, self._captions.all_texts(images.start, images.stop))

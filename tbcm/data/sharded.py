@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tbcm.data.files import reason, shown
 from tbcm.errors import UserError
 from tbcm.runtime import distributed
 from tbcm.runtime.files import atomic_path, remove_leftovers
@@ -24,13 +26,28 @@ from tbcm.runtime.files import atomic_path, remove_leftovers
 MANIFEST = "manifest.json"
 
 
+class StoredFile(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str | None = None
+
+
+class Manifest(BaseModel):
+    """What every manifest has at least."""
+
+    format: int
+    made_with: dict[str, Any]
+    files: dict[str, StoredFile]
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What a folder holds, the command that writes it, and the format that this version reads."""
+    """What a folder holds, the command that writes it, the format that this version reads, and what its manifest must
+    have."""
 
     holds: str
     command: str
     format: int
+    schema: type[Manifest]
 
     @property
     def again(self) -> str:
@@ -43,15 +60,23 @@ class Kind:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != self.format:
                 raise UserError(
-                    f"{path}: has format {manifest['format']}, this version reads {self.format}: encode again"
+                    f"{path}: has format {shown(manifest['format'])}, this version reads {self.format}: encode again"
                 )
+            self.schema.model_validate(manifest, strict=True)
         except FileNotFoundError:
             raise UserError(
                 f"{folder}: no cache of {self.holds}, or not a finished one ({MANIFEST}); {self.again}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error!r}); remove it and {self.again}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise self.damaged(path, what) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self.damaged(path, shown(error)) from None
         return manifest
+
+    def damaged(self, path: Path, what: str) -> UserError:
+        return UserError(f"{path}: damaged ({what}); remove it and {self.again}")
 
     def open(self, folder: Path) -> dict[str, Any]:
         """The manifest. Raises UserError also where a file that it names is missing or cut."""
@@ -82,8 +107,8 @@ class Kind:
         try:
             with safe_open(path, "pt") as file:
                 return file.metadata() or {}, [file.get_tensor(name) for name in names]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: missing or damaged ({error}); {self.again}") from error
+        except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: missing or damaged ({reason(error)}); {self.again}") from None
 
     def is_whole(self, path: Path, key: str, *names: str, verify: bool = False) -> bool:
         """Whether a file is there, with that `key` and in its full length; and, to `verify`, unchanged to the last
@@ -103,10 +128,12 @@ class Kind:
             raise UserError(f"{path}: damaged, it has {actual:,} bytes and not {size:,}; {self.again}")
 
 
-def write(path: Path, key: str, tensors: dict[str, Tensor], *, beside: Path) -> None:
-    """A file that tells by its `key` what it was made from and with. It may be read by whom `beside` may be."""
+def write(path: Path, key: str, tensors: dict[str, Tensor], *, beside: Path, bad: Sequence[int] = ()) -> None:
+    """A file that tells by its `key` what it was made from and with, and which of its rows are `bad`, if any. It may be
+    read by whom `beside` may be."""
+    metadata = {"key": key, "sha256": _digest(list(tensors.values()))}
     with atomic_path(path) as part:
-        save_file(tensors, part, {"key": key, "sha256": _digest(list(tensors.values()))})
+        save_file(tensors, part, metadata | ({"bad": json.dumps(list(bad))} if bad else {}))
         part.chmod(beside.stat().st_mode)  # safetensors lets only the owner read it
 
 

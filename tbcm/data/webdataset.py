@@ -1,68 +1,71 @@
 """Captioned images in WebDataset shards: uncompressed .tar files of samples such as `0001.jpg` and `0001.txt`.
 
 The shards' headers are read once, when a run starts (two minutes for a million samples; `tbcm.encode_images` spares
-that); from then on an image is one read at a known place, in any order. (The `webdataset` library reads shards as a
-stream, whose order it cannot repeat from the middle of a run.)
+that); from then on an image is one read at a known place, in any order. The `webdataset` library reads shards as a
+stream, whose order it cannot repeat from the middle of a run. Its `wids` reads at places too, but says nothing of
+samples it loses: what follows a name's first dot, the end mark of a joined shard, or the place where a shard was cut.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
-import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
+from tbcm.data.bad import Bad, SampleError
+from tbcm.data.captions import PromptSource
 from tbcm.data.decoding import decode, decoded
-from tbcm.data.prompts import PromptSource
+from tbcm.data.files import HEAD_BYTES, reason, what_it_is
+from tbcm.data.samples import Samples, caption_of, report, shown_name
 from tbcm.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-IMAGES = "jpg", "jpeg", "png", "webp"
-
-Members = dict[str, tarfile.TarInfo]  # of one sample, by extension
+CHUNK = 2**20
 
 
 class WebDataset:
-    """The samples of the shards that `path` names, which may hold * and ? or one range {00000..00041}, shard by shard
-    in the order of their names.
+    """The samples of shards, shard by shard.
 
-    A sample is the files of a shard that have the same name up to the first dot of it: one .jpg, .jpeg, .png or .webp,
-    and its caption in a .json object's `column` or else in a .txt. Other files are passed over. Images are made square,
-    of `image_size` pixels (see `decode`).
+    A sample is the files of a shard that have the same name up to the first dot of it, as `webdataset` has it: one
+    .jpg, .jpeg, .png or .webp, and its caption in a .json object's `column` or else in a .txt. Other files are passed
+    over, counted and told; bad samples too, if no more than `max_bad_share`. Images are made square, of `image_size`
+    pixels (see `decode`).
 
     Raises:
-        UserError: a shard is missing, compressed, cut or no .tar file; a sample without an image or a caption, with
-            several images, or one whose .json or text is damaged. A damaged image is found when it is decoded.
+        UserError: a shard is missing, compressed, cut, joined from several or no .tar file; too many samples have no
+            image or caption, several images, or a damaged .json or text. A damaged image is found when it is decoded.
     """
 
-    def __init__(self, path: str, image_size: int, column: str = "text") -> None:
-        self.size, self.column = image_size, column
-        self._shards = _shards(path)
+    def __init__(
+        self, name: str, shards: Sequence[Path], image_size: int, column: str = "text", max_bad_share: float = 0.0
+    ) -> None:
+        self.name, self.size, self.column = name, image_size, column
+        self._shards = shards
         self._shard, self._start, self._bytes = array("q"), array("q"), array("q")  # of each image
         self._from_json = 0
-        names, captions = [], []
-        for number, shard in enumerate(self._shards):
-            for name, caption, image in self._index(shard):
-                names.append(name.encode(errors="replace").decode())  # for messages only: any bytes may be in it
-                captions.append(caption)
+        bad, groups = Bad(name, max_bad_share), []
+        names: list[str] = []
+        captions: list[list[str]] = []
+        for number, shard in enumerate(shards):
+            groups.append(Samples[tarfile.TarInfo](str(shard)))
+            for image, texts in self._index(shard, groups[-1], bad):
+                names.append(shown_name(image.name))  # for messages only
+                captions.append(texts)
                 self._shard.append(number)
                 self._start.append(image.offset_data)
                 self._bytes.append(image.size)
-        if not captions:
-            raise UserError(f"{path}: holds no samples; give each image {IMAGES[0]} or the like, and a .txt or .json")
+        report(name, groups, bad, len(captions) + bad.count)
         # As Arrow: millions of strings would be as many objects.
-        self._names, self.captions = (PromptSource.of(Path(path), texts) for texts in (names, captions))
+        self._names, self.captions = PromptSource.of(name, names), PromptSource.of(name, captions)
         logger.info(
             "%s: %s images in %s shards; captions: %s of .json (%s), %s of .txt",
-            *(path, f"{len(self):,}", f"{len(self._shards):,}", f"{self._from_json:,}", column),
+            *(name, f"{len(self):,}", f"{len(shards):,}", f"{self._from_json:,}", column),
             f"{len(self) - self._from_json:,}",
         )
 
@@ -70,7 +73,7 @@ class WebDataset:
         return len(self.captions)
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        """See `tbcm.data.images.CaptionedImages`. Raises UserError naming the first image that cannot be decoded."""
+        """See `tbcm.data.images.CaptionedImages`."""
         return decoded(self._image, indices)
 
     def _image(self, index: int) -> Tensor:
@@ -81,104 +84,86 @@ class WebDataset:
                 file.seek(self._start[index])
                 content = file.read(self._bytes[index])
         except OSError as error:
-            raise UserError(f"{name}: cannot be read: {error.strerror}") from error
-        return decode(io.BytesIO(content), self.size, name)
+            raise UserError(f"{name}: cannot be read: {reason(error)}") from None
+        return decode(content, self.size, name)
 
-    def _index(self, shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-        """Name of the image, caption and place of the image of each sample of a shard."""
+    def _index(
+        self, shard: Path, samples: Samples[tarfile.TarInfo], bad: Bad
+    ) -> Iterator[tuple[tarfile.TarInfo, list[str]]]:
+        """Place of the image and caption of each good sample of a shard."""
         try:
             with shard.open("rb") as file:
-                samples = _samples(file, shard)
-                for key, members in samples.items():
-                    where = f"{shard}: {key}"
-                    images = [extension for extension in IMAGES if extension in members]
-                    if len(images) != 1:
-                        found = " and ".join(f".{e}" for e in images) or "no image"
-                        raise UserError(f"{where}: has {found}; a sample has one .{', .'.join(IMAGES)}")
-                    yield members[images[0]].name, self._caption(file, members, where), members[images[0]]
+                _sort(file, shard, samples)
+                for sample in samples:
+                    try:
+                        if isinstance(sample, SampleError):
+                            raise sample
+                        key, image, members = sample
+                        where = f"{shard}: {shown_name(key)}"
+                        texts, ending = caption_of(members, self.column, _reader(file), where)
+                    except SampleError as error:
+                        bad.add(error)
+                        continue
+                    self._from_json += ending == "json"
+                    yield image, texts
         except OSError as error:
-            raise UserError(f"{shard}: cannot be read: {error.strerror}") from error
-
-    def _caption(self, file: BinaryIO, members: Members, where: str) -> str:
-        other = ""
-        if "json" in members:
-            row = _json(_text(file, members["json"], where), f"{where}.json")
-            if self.column in row:
-                self._from_json += 1
-                return _given(row[self.column], f"{where}.json: {self.column}")
-            other = f"; .json has {', '.join(map(repr, row)) or 'nothing'}"
-        if "txt" not in members:
-            raise UserError(f"{where}: has no caption; give it a .txt, or a .json with {self.column!r}{other}")
-        return _given(_text(file, members["txt"], where), f"{where}.txt")
+            raise UserError(f"{shard}: cannot be read: {reason(error)}") from None
 
 
-def _shards(path: str) -> list[Path]:
-    pattern = Path(path).expanduser()
-    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", str(pattern)):
-        first, last = braces.groups()
-        numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
-        found = [Path(str(pattern).replace(braces[0], number)) for number in numbers]
-    elif pattern.exists():
-        found = [pattern]
-    else:
-        found = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    if not found:
-        raise UserError(f"{path}: no such shards")
-    return found
+def _reader(file: BinaryIO) -> Callable[[tarfile.TarInfo], bytes]:
+    def read(member: tarfile.TarInfo) -> bytes:
+        file.seek(member.offset_data)
+        return file.read(member.size)
+
+    return read
 
 
-def _samples(file: BinaryIO, shard: Path) -> dict[str, Members]:
-    """The members of a shard by key and by extension, in order of the keys' first appearance."""
-    samples: dict[str, Members] = {}
+def _sort(file: BinaryIO, shard: Path, samples: Samples[tarfile.TarInfo]) -> None:
+    """The members of a shard, in their order."""
+    if kind := what_it_is(file.read(HEAD_BYTES)):
+        raise UserError(f"{shard}: not a whole, uncompressed .tar file: it is {kind}")
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                extension = extension.lower()
-                if not member.isreg() or extension not in (*IMAGES, "txt", "json"):
-                    continue
-                members = samples.setdefault(folder + slash + stem, {})
-                if extension in members:
-                    raise UserError(f"{shard}: {member.name}: is there twice; give each sample a name of its own")
-                members[extension] = member
+            end = -1
+            while member := tar.next():
+                if member.offset <= end:  # a negative size leads back, and on without end
+                    raise tarfile.ReadError(f"the member at byte {member.offset} has no proper size")
+                end = member.offset
+                _add(member, samples)
             end = tar.offset
-    except tarfile.TarError as error:
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises ValueError, OverflowError, ... on damaged headers
         raise UserError(
-            f"{shard}: not a whole, uncompressed .tar file ({error}); unpack it or copy it again"
-        ) from error
+            f"{shard}: not a whole, uncompressed .tar file ({reason(error)}); unpack it or copy it again"
+        ) from None
+    _check_end(file, shard, end)
+
+
+def _add(member: tarfile.TarInfo, samples: Samples[tarfile.TarInfo]) -> None:
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, ending = name.partition(".")
+    if member.isdir():
+        return
+    if not member.isreg() or member.issparse():
+        samples.pass_over(member.name, "sparse file" if member.issparse() else "link or device")
+    elif name.startswith("."):
+        samples.pass_over(member.name, "hidden file")
+    else:
+        samples.add(member.name, folder + slash + stem, ending.lower(), member)
+
+
+def _check_end(file: BinaryIO, shard: Path, end: int) -> None:
+    """What follows the last member is an end mark of zeros, and nothing but zeros."""
     file.seek(end)  # tarfile takes a header that it cannot read for the end
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(
             f"{shard}: damaged or cut after {end:,} bytes, where a file or its end should be; copy it again"
         )
-    return samples
-
-
-def _text(file: BinaryIO, member: tarfile.TarInfo, where: str) -> str:
-    file.seek(member.offset_data)
-    try:
-        return file.read(member.size).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: {member.name} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-
-
-def _json(text: str, where: str) -> dict[str, object]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at character {error.pos + 1}") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: give an object such as {{'text': ...}}")
-    return row
-
-
-def _given(caption: object, where: str) -> str:
-    if not isinstance(caption, str) or not caption.strip() or not _is_unicode(caption):
-        raise UserError(f"{where} is {caption!r}; give text or take the sample out")
-    return caption.strip()
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can hold halves of surrogate pairs."""
-    return text == text.encode(errors="replace").decode()
+    while chunk := file.read(CHUNK):
+        if chunk.strip(b"\0"):
+            raise UserError(
+                f"{shard}: has data after its end mark at byte {end:,}, perhaps another .tar: give that as a shard of"
+                " its own, or join them with tar --concatenate"
+            )

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tbcm
+from tbcm.data.captions import digest
 from tbcm.data.decoding import decode
-from tbcm.data.prompts import digest
 from tbcm.evaluation.stored import Tensors, key, stored
 from tbcm.generation import Sampler
 from tbcm.images import save_png

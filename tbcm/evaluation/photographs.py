@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
-from tbcm.data.prompts import digest
 from tbcm.evaluation.clip import Clip
 from tbcm.evaluation.distances import fid, kid, split
 from tbcm.evaluation.generated import read

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from tbcm.data.decoding import decode, decoded
-from tbcm.data.images import METADATA, CaptionedImages, open_images
+from tbcm.data.decoding import decode_file, decoded
+from tbcm.data.files import is_file
+from tbcm.data.image_files import METADATA
+from tbcm.data.images import CaptionedImages, open_images
+from tbcm.data.tables import parse_json
 from tbcm.errors import UserError
 
 MJHQ_METADATA = "meta_data.json"
@@ -36,18 +38,18 @@ class Mjhq:
     def __init__(self, folder: Path, size: int) -> None:
         metadata = folder / MJHQ_METADATA
         try:
-            rows = json.loads(metadata.read_text(encoding="utf-8"))
+            rows = parse_json(metadata.read_text(encoding="utf-8"), str(metadata))
             self._files = [folder / row["category"] / f"{name}.jpg" for name, row in rows.items()]
             self.captions: Sequence[str] = [str(row["prompt"]).strip() for row in rows.values()]
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, UserError) as error:
+            reason = f"{type(error).__name__}: {error}"[:200]
             raise UserError(
                 f'{metadata}: is not {{"ID": {{"category": ..., "prompt": ...}}, ...}} ({reason}); download it again'
             ) from None
         self._size = size
-        if missing := [file for file in self._files if not file.is_file()]:
+        if missing := [file for file in self._files if not is_file(file)]:
             raise UserError(
-                f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is {missing[0]};"
+                f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is {str(missing[0])[:500]};"
                 " unpack MJHQ-30k's images beside its metadata"
             )
 
@@ -56,4 +58,4 @@ class Mjhq:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`."""
-        return decoded(lambda i: decode(self._files[i], self._size), indices)
+        return decoded(lambda i: decode_file(self._files[i], self._size), indices)

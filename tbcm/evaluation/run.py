@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
-from tbcm.data.prompts import digest, load_prompts
+from tbcm.data.prompts import load_prompts
 from tbcm.emoji.dataset import SIZE
 from tbcm.errors import UserError
 from tbcm.evaluation import METRICS

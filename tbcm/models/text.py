@@ -7,6 +7,7 @@ student only ever see what `encode` returned.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # transformers takes a second to import, and cached embeddings need none of it
     from transformers import PreTrainedModel
@@ -78,10 +81,11 @@ class MiniLMEncoder:
         self.model = _frozen(model, device)
         self.dim: int = model.config.hidden_size
         self.max_tokens = max_tokens
+        self._cut = _Cut(self.tokenizer)
 
     def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`; MiniLM has no instruction, so `instruct` changes nothing."""
-        return _encode(self.tokenizer, self.model, prompts, self.max_tokens)
+        return _encode(self.tokenizer, self.model, prompts, self.max_tokens, self._cut)
 
 
 class GemmaEncoder:
@@ -106,6 +110,7 @@ class GemmaEncoder:
         self.instruction = "\n".join(instruction or ())
         self.dim: int = model.config.hidden_size
         self.max_tokens = max_tokens
+        self._cut = _Cut(tokenizer)
         # The prefix costs its own tokens without the <bos> it shares with the prompt; Sana takes off one more.
         self._prefix_tokens = len(tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
 
@@ -113,9 +118,9 @@ class GemmaEncoder:
         """See `TextEncoder.encode`."""
         texts = [prompt.lower().strip() for prompt in prompts]
         if not (instruct and self.instruction):
-            return _encode(self.tokenizer, self.model, texts, self.max_tokens)
+            return _encode(self.tokenizer, self.model, texts, self.max_tokens, self._cut)
         texts = [self.instruction + text for text in texts]
-        embeds, mask = _encode(self.tokenizer, self.model, texts, self._prefix_tokens + self.max_tokens)
+        embeds, mask = _encode(self.tokenizer, self.model, texts, self._prefix_tokens + self.max_tokens, self._cut)
         last = slice(1 - self.max_tokens, None)  # slices: an index list would be copied to the device and waited for
         return torch.cat([embeds[:, :1], embeds[:, last]], 1), torch.cat([mask[:, :1], mask[:, last]], 1)
 
@@ -162,14 +167,39 @@ def sana_instruction() -> tuple[str, ...]:
 
 
 @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the backward of the layers they condition
-def _encode(tokenizer: Any, model: nn.Module, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+def _encode(tokenizer: Any, model: nn.Module, texts: list[str], length: int, cut: _Cut) -> tuple[Tensor, Tensor]:
     """Last hidden states [P, length, D] float32 and mask [P, length] bool of right-padded texts."""
     # Always padded to the full length, so that a prompt's states do not depend on the others of its batch.
     tokens = tokenizer(
         texts, padding="max_length", padding_side="right", max_length=length, truncation=True, return_tensors="pt"
-    ).to(next(model.parameters()).device)
+    )
+    cut.note([text for text, full in zip(texts, tokens.attention_mask.all(1).tolist(), strict=True) if full], length)
+    tokens = tokens.to(next(model.parameters()).device)
     states = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return states.float(), tokens.attention_mask.bool()
+
+
+class _Cut:
+    """Tells of prompts that are cut: of the first, the tenth, the hundredth ... different one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: set[int] = set()  # hashes: a run meets its prompts in every epoch
+        self.count = 0
+
+    def note(self, texts: list[str], length: int) -> None:
+        """`texts` fill all `length` tokens, and may have more."""
+        for text in texts:
+            if hash(text) in self._known:
+                continue
+            self._known.add(hash(text))
+            if (tokens := len(self._tokenizer(text, verbose=False).input_ids)) > length:
+                self.count += 1
+                if self.count in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
+                    logger.warning(
+                        "a prompt is cut by %s tokens, at text.max_tokens (%s so far): ...%s",
+                        *(f"{tokens - length:,}", f"{self.count:,}", repr(text[-80:])),
+                    )
 
 
 def _frozen(model: Any, device: torch.device | str) -> Any:

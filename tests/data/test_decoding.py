@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tbcm.data.decoding import decode
+from tbcm.data.decoding import decode_file as decode
 from tbcm.errors import UserError
 
 

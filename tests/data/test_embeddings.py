@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from tbcm.data import embedding_writer, embeddings
+from tbcm.data.captions import PromptSource
 from tbcm.data.embedding_writer import CacheWriter
 from tbcm.data.embeddings import CachedEncoder
-from tbcm.data.prompts import PromptSource, load_prompts
+from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
 from tbcm.models.text import GemmaEncoder, MiniLMEncoder, TextEncoder, encode_null
 

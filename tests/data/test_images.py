@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tbcm.data.images import ImageFolder, ShippedEmoji, open_images
+from tbcm.data.images import ShippedEmoji, open_images
 from tbcm.errors import UserError
 
 COLOURS = {"red.png": (255, 0, 0), "sub/green.webp": (0, 255, 0), "blue.png": (0, 0, 255)}
@@ -33,7 +33,7 @@ def write_folder(folder: Path, entries: list[dict[str, Any]] | None = None) -> P
 
 def message(folder: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        ImageFolder(folder, 8, **options)
+        open_images(str(folder), 8, **options)
     text = str(caught.value)
     assert "\n" not in text
     assert str(folder) in text
@@ -61,12 +61,12 @@ def test_images_and_captions_in_the_order_of_the_metadata(tmp_path: Path, kind: 
 
 def test_the_named_column_holds_the_captions(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [{"file_name": "red.png", "text": "no", "caption": "yes", "size": 3}])
-    assert list(ImageFolder(folder, 8, "caption").captions) == ["yes"]
+    assert list(open_images(str(folder), 8, "caption").captions) == ["yes"]
 
 
 def test_missing_folder_metadata_and_file(tmp_path: Path) -> None:
     assert "no such folder" in message(tmp_path / "none")
-    assert "has no metadata.jsonl or metadata.csv" in message(tmp_path)
+    assert "holds no images: give .tar or .parquet files, a metadata.jsonl or metadata.csv" in message(tmp_path)
     folder = write_folder(tmp_path / "a", [*rows(), {"file_name": "gone.png", "text": "a cat"}])
     assert f"{folder / 'gone.png'} is missing" in message(folder)
 
@@ -80,7 +80,7 @@ def test_missing_folder_metadata_and_file(tmp_path: Path) -> None:
         ({"file_name": "", "text": "a cat"}, "line 4: file_name is ''"),
         ({"file_name": "red.png"}, "line 4: no column 'text'; it has 'file_name'"),
         ({"text": "a cat"}, "line 4: no column 'file_name'"),
-        ({"file_name": "red.png", "text": "\ud800"}, "surrogates not allowed"),
+        ({"file_name": "red.png", "text": "\ud800"}, "line 4: text is '\\ud800', which is no Unicode text"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, entry: dict[str, Any], complaint: str) -> None:
@@ -97,13 +97,13 @@ def test_malformed_empty_and_other_encodings(tmp_path: Path) -> None:
     assert "line 1, byte 37 (0xe9) is not UTF-8" in message(folder)
     metadata.unlink()
     (folder / "metadata.csv").write_text("file_name,text\nred.png\n")  # a row cut short
-    assert "line 2: text is None" in message(folder)
+    assert "line 2: has 1 fields, the header 2" in message(folder)
     (folder / "metadata.csv").write_text('file_name,text\nred.png,"never closed\n')
     assert "cannot be read" in message(folder)
 
 
 def test_a_damaged_image_is_named_when_it_is_decoded(tmp_path: Path) -> None:
-    data = ImageFolder(write_folder(tmp_path), 8)
+    data = open_images(str(write_folder(tmp_path)), 8)
     whole = (tmp_path / "blue.png").read_bytes()
     for damaged in (b"", b"not an image", whole[: len(whole) // 2], whole[:20] + bytes(20) + whole[40:]):
         (tmp_path / "blue.png").write_bytes(damaged)

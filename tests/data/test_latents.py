@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tbcm.data import latent_writer, latents
+from tbcm.data.captions import PromptSource
 from tbcm.data.latent_writer import LatentWriter
 from tbcm.data.latents import PrecomputedLatents
 from tbcm.errors import UserError
@@ -71,7 +72,8 @@ def test_latents_and_captions_of_any_images_in_any_order(tmp_path: Path, dtype: 
     data = PrecomputedLatents(tmp_path / "c")
     assert len(data) == 10 and list(data.captions) == CAPTIONS
     for indices in (range(10), [9, 0, 4, 4], [3]):
-        found = data.latents(indices)
+        found, taken = data.latents(indices)
+        assert taken == list(indices)
         assert found.dtype == torch.float32 and found.shape == (len(indices), 3, 2, 5)
         assert torch.equal(found, torch.stack([latent(i) for i in indices]).to(getattr(torch, dtype)).float())
 
@@ -124,8 +126,8 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
     assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == json.loads(
         (whole / "manifest.json").read_text()
     )
-    expected = PrecomputedLatents(whole).latents(range(10))
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10)), expected)
+    expected = PrecomputedLatents(whole).latents(range(10))[0]
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10))[0], expected)
 
 
 def test_images_added_at_the_end_cost_only_themselves(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path: Path) -> None:
         with one_line(path.name, "No such file", "run tbcm.encode_images again"):
             PrecomputedLatents(tmp_path / "c")
         path.write_bytes(content)
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5])[0], latent(5))
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5])[0][0], latent(5))
 
 
 @pytest.mark.parametrize(
@@ -227,3 +229,28 @@ def test_a_shard_of_another_origin_is_not_taken_for_ours(tmp_path: Path) -> None
     path = tmp_path / "c" / "latents-00001.safetensors"
     save_file(load_file(path), path)
     assert [name for name in writer.names if not writer.is_whole(name)] == [path.name]
+
+
+def test_a_bad_image_gives_its_place_to_the_next(tmp_path: Path) -> None:
+    """In the file too: what stands there is the next image's latent."""
+    writer = LatentWriter(tmp_path / "c", {**MADE_WITH, "dtype": "float32"})
+    writer.begin(CAPTIONS)
+    bad = {3: 4, 8: 0, 9: 0}  # the last of a shard, and the last of all
+    for name in writer.names:
+        mine = writer.indices(name)
+        writer.write(name, [torch.stack([latent(bad.get(i, i)) for i in mine])], [i for i in mine if i in bad])
+    with one_line("3 of 10 images cannot be decoded, more than data.max_bad_share = 0.2 allows"):
+        writer.finish(0.2)
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    assert writer.finish(0.3)["bad"] == [3, 8, 9]
+    data = PrecomputedLatents(tmp_path / "c")
+    found, taken = data.latents(range(10))
+    assert len(data) == 10 and taken == [0, 1, 2, 4, 4, 5, 6, 7, 0, 0]
+    assert torch.equal(found, torch.stack([latent(i) for i in taken]))
+
+
+def test_several_captions_of_an_image_are_kept(tmp_path: Path) -> None:
+    write(tmp_path / "c", captions=PromptSource.of("here", [["a", "b"], ["c"]]))
+    captions = PrecomputedLatents(tmp_path / "c").captions
+    assert captions.all_texts(0, 2) == [["a", "b"], "c"]
+    assert {captions.drawn(0, epoch, seed=0) for epoch in range(20)} == {"a", "b"}

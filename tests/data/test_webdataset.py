@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tbcm.data.decoding import decode
-from tbcm.data.images import ImageFolder, open_images
+from tbcm.data.decoding import decode_file
+from tbcm.data.image_files import ImageFiles
+from tbcm.data.images import open_images
 from tbcm.data.webdataset import WebDataset
 from tbcm.errors import UserError
 
@@ -72,7 +73,7 @@ def test_shards_in_any_order_however_they_are_named(tmp_path: Path, path: str) -
     assert images.shape == (1, 3, 8, 8) and images.dtype == torch.float32
     file = tmp_path / "13.png"
     file.write_bytes(picture(13))
-    torch.testing.assert_close(images[0], decode(file, 8) / 127.5 - 1)
+    torch.testing.assert_close(images[0], decode_file(file, 8) / 127.5 - 1)
 
 
 def test_one_shard_a_range_of_some_and_a_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_a_folder_with_metadata_is_an_image_folder_even_beside_shards(tmp_path: 
     (tmp_path / "a.png").write_bytes(picture(7))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "number 7"}))
     data = open_images(str(tmp_path), 8)
-    assert isinstance(data, ImageFolder) and numbers(data, [0]) == [7]
+    assert isinstance(data, ImageFiles) and numbers(data, [0]) == [7]
 
 
 def test_names_kinds_and_other_members(tmp_path: Path) -> None:
@@ -107,9 +108,9 @@ def test_names_kinds_and_other_members(tmp_path: Path) -> None:
         ("README", b"nothing"),
     ]
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        assert numbers(WebDataset(str(write(tmp_path / "a.tar", files, kind)), 8), range(4)) == [1, 2, 3, 4]
+        assert numbers(open_images(str(write(tmp_path / "a.tar", files, kind)), 8), range(4)) == [1, 2, 3, 4]
     jpeg = [("1.jpg", picture(90, "jpeg")), ("1.txt", b"a"), ("2.jpeg", picture(90, "jpeg")), ("2.txt", b"b")]
-    assert WebDataset(str(write(tmp_path / "jpeg.tar", jpeg)), 8).images([0, 1]).shape == (2, 3, 8, 8)
+    assert open_images(str(write(tmp_path / "jpeg.tar", jpeg)), 8).images([0, 1]).shape == (2, 3, 8, 8)
 
 
 def test_the_column_of_a_json_comes_before_a_txt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,9 +123,9 @@ def test_the_column_of_a_json_comes_before_a_txt(tmp_path: Path, caplog: pytest.
     ]
     path = str(write(tmp_path / "a.tar", files))
     with caplog.at_level(logging.INFO, "tbcm"):
-        assert list(WebDataset(path, 8, "long").captions) == ["a long one", "from a txt"]
+        assert list(open_images(path, 8, "long").captions) == ["a long one", "from a txt"]
     assert "2 images in 1 shards; captions: 1 of .json (long), 1 of .txt" in caplog.text
-    assert list(WebDataset(path, 8).captions) == ["short", "short"]
+    assert list(open_images(path, 8).captions) == ["short", "short"]
 
 
 # Bad input
@@ -150,11 +151,11 @@ IMAGE = ("k7.png", picture(0))
         ([IMAGE, ("k7.jpg", b"a"), ("k7.txt", b"a")], "k7: has .jpg and .png; a sample has one"),
         ([IMAGE, ("k7.txt", b"a"), IMAGE], "k7.png: is there twice"),
         ([IMAGE, ("k7.txt", b" \n")], "k7.txt is ' \\n'; give text"),
-        ([IMAGE, ("k7.txt", "café".encode("latin-1"))], "k7: k7.txt is not UTF-8 (byte 3)"),
+        ([IMAGE, ("k7.txt", "café".encode("latin-1"))], "k7.txt: is not UTF-8 (byte 3)"),
         ([IMAGE, ("k7.json", b"{")], "k7.json: not JSON: "),
         ([IMAGE, ("k7.json", b"[1]")], "k7.json: give an object"),
         ([IMAGE, ("k7.json", b'{"text": 5}')], "k7.json: text is 5; give text"),
-        ([IMAGE, ("k7.json", b'{"text": "\\ud800"}')], "k7.json: text is '\\ud800'; give text"),
+        ([IMAGE, ("k7.json", b'{"text": "\\ud800"}')], "k7.json: text is '\\ud800', which is no Unicode"),
         ([("README", b"a")], "holds no samples"),
         ([], "holds no samples"),
     ],
@@ -164,8 +165,8 @@ def test_a_bad_sample_is_named_with_its_shard(tmp_path: Path, files: Files, comp
 
 
 def test_missing_and_compressed_shards_and_what_is_none(tmp_path: Path) -> None:
-    assert "no such shards" in message(tmp_path / "*.tar")
-    assert "no such shards" in message(tmp_path / "a.tar")
+    assert "no such folder of images, nor .tar" in message(tmp_path / "*.tar")
+    assert "no such folder of images, nor .tar" in message(tmp_path / "a.tar")
     shards(tmp_path)
     with pytest.raises(UserError, match=r"00003\.tar: cannot be read: No such file"):
         open_images(f"{tmp_path}/{{00002..00003}}.tar", 8)

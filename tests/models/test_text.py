@@ -185,3 +185,24 @@ def test_sana_instruction_is_the_published_one() -> None:
     assert lines[0].startswith("Given a user prompt, generate an 'Enhanced prompt'")
     assert lines[-1] == "User Prompt: "
     assert len(lines) == 8
+
+
+@pytest.mark.parametrize("instruction", [INSTRUCTION, None])
+def test_prompts_that_are_cut_are_told_once(
+    tokenizer: PreTrainedTokenizerFast,
+    gemma: Gemma2Model,
+    instruction: list[str] | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A byte is a token here, and <bos> one more: 9 letters fit in 10 tokens."""
+    encoder = GemmaEncoder(tokenizer, gemma, instruction, 10)
+    fit = 9 if instruction is None else 8  # Sana gives the instruction one token more
+    with caplog.at_level("WARNING", "tbcm"):
+        encoder.encode(["a" * fit, "b"])
+        assert not caplog.records
+        for _ in range(3):  # a run meets its prompts in every epoch
+            encoder.encode(["a" * fit + "end", *("c" * 30 + str(i) for i in range(8))])
+    assert len(caplog.records) == 1 and "a prompt is cut by 3 tokens" in caplog.text and "end'" in caplog.text
+    with caplog.at_level("WARNING", "tbcm"):
+        encoder.encode(["d" * 40])
+    assert "(10 so far)" in caplog.records[-1].getMessage() and len(caplog.records) == 2
