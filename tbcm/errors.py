@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,19 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
+
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 300, 100
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for a message: of bounded length, and without what cannot be printed."""
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], int]:

@@ -15,7 +15,7 @@ import tbcm
 from tbcm.data import sharded
 from tbcm.data.latents import CAPTIONS, LATENTS, SHARD_IMAGES, shard_name
 from tbcm.data.prompts import PromptSource, open_prompts
-from tbcm.data.sharded import MANIFEST, key_of
+from tbcm.data.sharded import MANIFEST, key_of, key_of_settings
 from tbcm.errors import UserError
 from tbcm.runtime.files import atomic_path, write_json
 
@@ -96,4 +96,4 @@ class LatentWriter:
 
     def _key(self, name: str) -> str:
         images = self.indices(name)
-        return key_of(LATENTS.format, self.made_with, self._captions[images.start : images.stop])
+        return key_of(LATENTS.format, key_of_settings(self.made_with), self._captions[images.start : images.stop])
