@@ -92,7 +92,7 @@ def _parsed(text: str, kind: Any, where: str) -> Any:
         assert loader is not None
         mark, problem = loader.get_mark(), "nested too deeply"
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    raise UserError(f"{where}: not YAML: {place}{problem}")
+    raise UserError(f"{where}: not YAML: {place}{problem[:300]}")
 
 
 def _with_text_as_written(value: Any, raw: Any, annotation: Any) -> Any:

@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 _repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 300, 100
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 300, 100
 
 
 def shown(value: object) -> str:
@@ -25,7 +25,8 @@ def shown(value: object) -> str:
         text = _repr.repr(value)
     except ValueError:  # Python refuses to write out integers of thousands of digits
         text = f"a value of type {type(value).__name__}"
-    return text.encode(errors="backslashreplace").decode()
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def parse() -> argparse.Namespace:
 
 def default_out(source: str, *, teacher: bool) -> Path:
     """A folder for each source, which is known by the last part of its path or hub id."""
-    return EVALUATIONS / (Path(source).resolve().name + "-teacher" * teacher)
+    return EVALUATIONS / (Path(os.path.realpath(source)).name + "-teacher" * teacher)
 
 
 @command
