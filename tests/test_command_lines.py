@@ -426,6 +426,51 @@ def test_no_output_can_be_this(call: Run, finished: Path, tmp_path: Path, text: 
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def as_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def with_bytes(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+NOISE = with_bytes(b"\xff\xfe\x00 {[\n")
+DAMAGES = [
+    *(("metrics.jsonl", make) for make in (as_folder, NOISE, with_bytes(b"{}\n1\n"))),
+    *(("checkpoints", make) for make in (as_loop, NOISE)),
+    *(("config.yaml", make) for make in (as_folder, as_loop, NOISE)),
+    *((".lock", as_folder), ("logs", as_loop), ("prompts", NOISE)),
+    *(
+        ("checkpoints/step-00000003/manifest.json", make)
+        for make in (as_loop, with_bytes(b"[]"), with_bytes(b"[" * 9999))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), DAMAGES)
+def test_whatever_has_become_of_a_run(
+    call: Run, finished: Path, tmp_path: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    """It is resumed, sampled and exported, or refused in one line."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
+    few = "train.steps=4", "log.preview_every=0"
+    for main, *arguments in (
+        (train.main, finished.parent / "c.yaml", f"out={run}", *few, "--resume"),
+        (sample.main, run, "a cat", "--out", tmp_path / "samples"),
+        (export.main, run, tmp_path / "exported"),
+    ):
+        result = call(main, *arguments)
+        if result[0]:
+            assert_one_line(result)
+
+
 def test_the_black_latent_is_made_once_and_kept_with_the_run(finished: Path) -> None:
     stored = load_file(next(finished.glob("black_latent-*.safetensors")))
     assert stored["64"].shape == (4, 8, 8) and stored["64"].dtype == torch.float32

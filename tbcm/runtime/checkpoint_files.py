@@ -63,7 +63,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         whole = manifest.pop("sha256") == _self_digest(manifest)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be read ({error.strerror}): {_MEND}") from error

@@ -171,7 +171,9 @@ def test_an_optimizer_that_kept_other_state_is_refused_in_one_line(tmp_path: Pat
     optimizer.state[weight] = {"momentum": now["momentum"], **then, **{f"instability_{k}": v for k, v in then.items()}}
     checkpoint.save(tmp_path, 1, {"optimizer": optimizer}, config={})
     optimizer.state[weight] = now
-    with pytest.raises(UserError, match=r"Missing key.*square.*go on with that version, or start another run") as caught:
+    with pytest.raises(
+        UserError, match=r"Missing key.*square.*go on with that version, or start another run"
+    ) as caught:
         checkpoint.load(tmp_path, {"optimizer": optimizer})
     assert "\n" not in str(caught.value)
 
