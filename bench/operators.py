@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from tbcm.build import dtype_of
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 from tbcm.runtime.distributed import pick_device
 
 POINTS = 15
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="the 0.6B model at 1024 px, 15 samples, 20 repeats")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--out", type=path_argument, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
     if wrong := [n for n in options.samples if n < 1 or (n > POINTS and n % POINTS)]:
         raise UserError(f"--samples {wrong[0]}: give 1 to {POINTS} points of a prompt, or a multiple of {POINTS}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from pathlib import Path
 
 import arms
 import torch
 from rows import RESULTS
 
 from tbcm.errors import UserError
+from tbcm.paths import path_argument
 from tbcm.runtime.distributed import pick_device
 
 
@@ -24,7 +24,7 @@ def parser(program: str, about: str | None, methods: list[str], quick: str) -> a
     options.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="ARM", help=", ".join(arms.ARMS))
     options.add_argument("--methods", nargs="+", choices=["tbcm", "scm", "sprint"], default=methods)
     options.add_argument("--quick", action="store_true", help=quick)
-    options.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written")
+    options.add_argument("--out", type=path_argument, default=RESULTS, help="folder of what is written")
     return options
 
 

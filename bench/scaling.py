@@ -32,6 +32,7 @@ from torch.multiprocessing import ProcessRaisedException
 from tqdm import tqdm
 
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 
 COLUMNS = {
     "model": "model",
@@ -130,7 +131,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=16, help="of a route (the first does not train)")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each arm, after warm-up")
     parser.add_argument("--quick", action="store_true", help="5 steps of each")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written")
+    parser.add_argument("--out", type=path_argument, default=RESULTS, help="folder of what is written")
     parser.add_argument("--predict", action="store_true", help="only the model of a cluster; all below is for it")
     cluster.add_arguments(parser)
     return parser.parse_args()

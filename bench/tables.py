@@ -31,6 +31,7 @@ from rows import RESULTS
 
 from tbcm.config import load_config
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.files import atomic_path
@@ -53,8 +54,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms; see bench/quality.py")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--device", choices=["cuda", "cpu"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/tables"), help="folder of trainings and references")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written")
+    parser.add_argument(
+        "--runs", type=path_argument, default=Path("runs/tables"), help="folder of trainings and references"
+    )
+    parser.add_argument("--out", type=path_argument, default=RESULTS, help="folder of what is written")
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.budget < 1 or not 2 <= arguments.images <= 2400:
         raise UserError("--seeds and --budget should be at least 1, --images from 2 to 2400")

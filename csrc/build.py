@@ -54,12 +54,16 @@ def build(architectures: list[int], library: Path) -> str:
     return done.stdout + done.stderr
 
 
+def expanded(path: str) -> Path:
+    return Path(path).expanduser()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arch", nargs="+", type=int, default=[80, 90], help="compute capabilities, 80 for 8.0 (default: 80 90)"
     )
-    parser.add_argument("--out", type=Path, default=LIBRARY, help="default: where tbcm looks for it")
+    parser.add_argument("--out", type=expanded, default=LIBRARY, help="default: where tbcm looks for it")
     parser.add_argument("--verbose", action="store_true", help="print each kernel's registers and spills")
     arguments = parser.parse_args()
     try:

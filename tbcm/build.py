@@ -25,6 +25,7 @@ from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.fp8 import relative_error, to_fp8
+from tbcm.models.identity import model_identity
 from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
@@ -199,7 +200,7 @@ def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatent
     data = config.data
     if data.latents is not None:
         precomputed = PrecomputedLatents(data.latents, device)
-        precomputed.check(latents_identity(config))
+        precomputed.check(distributed.run_on_main(lambda: latents_identity(config)))
         return precomputed, None
     images = build_images(config)
     vae = build_vae(config, device)
@@ -215,12 +216,11 @@ def build_images(config: Config) -> CaptionedImages:
 
 def latents_identity(config: Config) -> dict[str, Any]:
     """What decides an image's latent, but for rounding: a cache must agree with the configuration in all of it."""
-    teacher = config.teacher
+    pipeline = pipeline_of(config)
     return {
-        "teacher.path": teacher.path,
-        "teacher.revision": teacher.revision,
-        "teacher.image_size": teacher.image_size,
-        "scaling_factor": pipeline_of(config).config("vae", AutoencoderDC).get("scaling_factor"),
+        "teacher.path": model_identity(pipeline.location, pipeline.revision, ["vae"]),
+        "teacher.image_size": config.teacher.image_size,
+        "scaling_factor": pipeline.config("vae", AutoencoderDC).get("scaling_factor"),
     }
 
 
@@ -260,10 +260,10 @@ def text_identity(config: Config) -> dict[str, Any]:
     """What decides a prompt's states, but for rounding: a cache must agree with the configuration in all of it."""
     text, teacher = config.text, pipeline_of(config)
     gemma = text.encoder == "gemma2"
+    where, revision = (text.path, None) if text.path else (teacher.location, teacher.revision)
     return {
         "text.encoder": text.encoder,
-        "text.path": (text.path or teacher.location) if gemma else None,
-        "teacher.revision": teacher.revision if gemma and not text.path else None,
+        "text.path": model_identity(where, revision, ["tokenizer", "text_encoder"]) if gemma else None,
         "text.max_tokens": text.max_tokens,
         "instruction": hashlib.sha256("\n".join(sana_instruction()).encode()).hexdigest()[:16] if gemma else None,
     }
@@ -273,7 +273,7 @@ def build_cached_text(config: Config, prompts: PromptSource, device: torch.devic
     """Without a text encoder. Raises UserError where the cache is not of this configuration and these prompts."""
     assert config.text.cache is not None
     encoder = CachedEncoder(config.text.cache, device)
-    encoder.check({**text_identity(config), "data.prompts": distributed.run_on_main(prompts.digest)})
+    encoder.check(distributed.run_on_main(lambda: {**text_identity(config), "data.prompts": prompts.digest()}))
     if unknown := [prompt for prompt in config.log.preview_prompts if prompt not in encoder]:
         raise UserError(f"log.preview_prompts: {unknown[0]!r} is not in text.cache={config.text.cache}; take it out")
     return TextConditions(encoder, config.teacher.null_mask)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,7 +10,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from tbcm.errors import UserError
+from tbcm.config_text import read_tree
+from tbcm.errors import UserError, shown
+from tbcm.paths import UserFolder, UserPath
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -25,7 +26,7 @@ class Section(BaseModel):
 class Teacher(Section):
     """The frozen network that is distilled, and its properties that no file states."""
 
-    path: str = Field(description="'emoji' (shipped), a diffusers folder, or a hub id")
+    path: UserPath = Field(description="'emoji' (shipped), a diffusers folder, or a hub id")
     revision: str | None = None
     architecture: Literal["sana-600m", "sana-1600m", "emoji", "tiny"] | None = Field(
         None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
@@ -60,7 +61,7 @@ class Teacher(Section):
 
 class Text(Section):
     encoder: Literal["minilm", "gemma2"] = "gemma2"
-    path: str | None = Field(
+    path: UserPath | None = Field(
         None, description="folder or hub id with tokenizer/ and text_encoder/; default: the teacher's"
     )
     max_tokens: PositiveInt = 300
@@ -70,20 +71,20 @@ class Text(Section):
         " null prompt once a run); false: at every point",
     )
     precision: Precision = "auto"
-    cache: str | None = Field(
+    cache: UserPath | None = Field(
         None, description="what python -m tbcm.encode wrote: training takes the text from it, and loads no encoder"
     )
 
 
 class Data(Section):
-    prompts: str = Field(
+    prompts: UserPath = Field(
         description="'emoji' (shipped), a .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file, a folder of them,"
         " or a pattern such as parts/*.parquet"
     )
     column: str = Field(
         "prompt", description="the column of the prompts (all but .txt); json.prompt is a key inside the column json"
     )
-    images: str | None = Field(
+    images: UserPath | None = Field(
         None,
         description="for the baselines (method.name): 'emoji' (shipped), a folder of images with a metadata.jsonl or a"
         " .txt beside each, WebDataset shards such as shards/*.tar, or .parquet files with images",
@@ -93,7 +94,7 @@ class Data(Section):
         0.05,
         description="share of data.images that may be bad: damaged, or without a caption. They are skipped and told",
     )
-    latents: str | None = Field(
+    latents: UserPath | None = Field(
         None,
         description="instead of data.images: what python -m tbcm.encode_images wrote; training loads no VAE and no"
         " images",
@@ -271,7 +272,7 @@ class Checkpoint(Section):
 class Config(Section):
     """A run. `python -m tbcm.train CONFIG --print-config` prints it resolved."""
 
-    out: str
+    out: UserFolder
     teacher: Teacher
     data: Data
     text: Text = Text()
@@ -308,72 +309,32 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML follows YAML 1.1, in which 1e-5 is a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML: {error}") from None
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML.
+    """Reads a YAML file and applies `section.key=value` overrides (see `tbcm.config_text`).
 
     Raises UserError, one line naming key, value and what is allowed, before anything else is touched.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the configuration is not UTF-8 text") from None
-    tree = _yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a configuration is a mapping of sections, such as `train:`")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(read_tree(path, overrides, Config), str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: write section.key=value, such as train.steps=100")
-    *sections, last = key.split(".")
-    for section in sections:
-        if isinstance(tree, dict):
-            tree[section] = {} if tree.get(section) is None else tree[section]
-            tree = tree[section]
-    if not isinstance(tree, dict):
-        raise UserError(f"override {override!r}: {'.'.join(sections)} holds a value, not a section")
-    tree[last] = _yaml(value, f"override {override!r}")
+        first, count = error.errors()[:5], error.error_count()
+        more = f"; and {count - 5:,} more" if count > 5 else ""
+        raise UserError(f"{where}: " + "; ".join(map(_explain, first)) + more) from None
 
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r} (value {error['input']!r}); allowed here: {', '.join(_siblings(error['loc']))}"
+        allowed = ", ".join(_siblings(error["loc"]))
+        return f"unknown key {shown(key)} (value {shown(error['input'])}); allowed here: {allowed}"
     if error["type"] == "missing":
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key} = {error['input']!r}: should be {message}" if key else message
+    return f"{key} = {shown(error['input'])}: should be {message}" if key else message
 
 
 def _siblings(location: tuple[str | int, ...]) -> list[str]:

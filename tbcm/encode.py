@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument, source_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", help="'emoji', or files as in data.prompts (data.column: which column)")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument(
+        "prompts", type=source_argument, help="'emoji', or files as in data.prompts (data.column: which column)"
+    )
+    parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as text.max_tokens=120")
-    parser.add_argument("--config", required=True, help="of the training: says which encoder, and of which teacher")
+    parser.add_argument(
+        "--config", type=path_argument, required=True, help="of the training: says which encoder, and of which teacher"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the stored states (default: bf16)")
     parser.add_argument("--batch", type=int, default=32, help="prompts that are encoded at once (default: 32)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -66,7 +71,12 @@ def main() -> None:
 
     with job(arguments.out, arguments.device) as device:
         encode_prompts(
-            config, arguments.out, device, dtype=DTYPES[arguments.dtype], batch=arguments.batch, verify=arguments.verify
+            config,
+            str(arguments.out),
+            device,
+            dtype=DTYPES[arguments.dtype],
+            batch=arguments.batch,
+            verify=arguments.verify,
         )
 
 

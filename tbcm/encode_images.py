@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:
@@ -46,8 +48,10 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="of the training: says which images, whose VAE, and teacher.image_size")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument(
+        "config", type=path_argument, help="of the training: says which images, whose VAE, and teacher.image_size"
+    )
+    parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as data.images=FOLDER")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored latents (default: fp16)")
     parser.add_argument("--batch", type=int, default=8, help="images that are encoded at once (default: 8)")
@@ -68,7 +72,7 @@ def main() -> None:
     from tbcm.runtime.job import job
 
     with job(arguments.out, arguments.device) as device:
-        encode_dataset(config, arguments.out, device, dtype=DTYPES[arguments.dtype], batch=arguments.batch)
+        encode_dataset(config, str(arguments.out), device, dtype=DTYPES[arguments.dtype], batch=arguments.batch)
 
 
 def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
@@ -83,7 +87,7 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
     assert data.images is not None
     made_with = {
         **latents_identity(config),
-        "data.images": data.images if data.images == "emoji" else str(Path(data.images).expanduser().absolute()),
+        "data.images": data.images if data.images == "emoji" else os.path.realpath(data.images),
         "data.caption_column": data.caption_column,
         "computed_in": str(vae_weights(config, device)).removeprefix("torch."),
         "dtype": dtype,

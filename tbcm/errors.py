@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,20 @@ class UserError(Exception):
         line = " ".join(super().__str__().split())
         # Input is quoted in it, which may hold what would move a terminal's cursor, or cannot be written at all.
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 300, 100
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for a message: of bounded length, and without what cannot be printed."""
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def command(main: Callable[[], int | None]) -> Callable[[], int]:

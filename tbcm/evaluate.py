@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from tbcm.errors import UserError, command
 from tbcm.evaluation import METRICS
+from tbcm.paths import path_argument, source_argument, text_argument
 from tbcm.runtime import failure
 
 EVALUATIONS = Path("evaluation")
@@ -37,30 +39,50 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'")
+    parser.add_argument(
+        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'"
+    )
     parser.add_argument("--teacher", action="store_true", help="the run's teacher, or a pipeline that is one")
     parser.add_argument("--steps", type=int, nargs="+", help="default: 1, or 20 for a teacher")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="see below")
     parser.add_argument("--images", type=int, help="default: 2000, or as many prompts as there are")
-    parser.add_argument("--prompts", type=Path, help="a .txt, .jsonl, .csv or .parquet file (default: --reference's)")
-    parser.add_argument("--column", default="prompt", help="of the prompts in that file (default: prompt)")
-    parser.add_argument("--reference", type=Path, help="real images: MJHQ-30k's layout, or with a metadata.jsonl")
-    parser.add_argument("--agree-with", metavar="TEACHER", help="an exported pipeline's teacher (a run knows its own)")
+    parser.add_argument(
+        "--prompts", type=path_argument, help="a .txt, .jsonl, .csv or .parquet file (default: --reference's)"
+    )
+    parser.add_argument(
+        "--column", type=text_argument, default="prompt", help="of the prompts in that file (default: prompt)"
+    )
+    parser.add_argument(
+        "--reference", type=path_argument, help="real images: MJHQ-30k's layout, or with a metadata.jsonl"
+    )
+    parser.add_argument(
+        "--agree-with",
+        type=source_argument,
+        metavar="TEACHER",
+        help="an exported pipeline's teacher (a run knows its own)",
+    )
     parser.add_argument("--agreement-images", type=int, default=200, help="that agreement is measured on")
-    parser.add_argument("--inception", metavar="PATH", help="inception-2015-12-05.pt")
-    parser.add_argument("--clip", metavar="MODEL", help="folder or hub id (default: openai/clip-vit-large-patch14)")
+    parser.add_argument("--inception", type=source_argument, metavar="PATH", help="inception-2015-12-05.pt")
+    parser.add_argument(
+        "--clip",
+        type=source_argument,
+        metavar="MODEL",
+        help="folder or hub id (default: openai/clip-vit-large-patch14)",
+    )
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, help="images that are made at once (default: 32)")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="of a run: averaged or last weights")
-    parser.add_argument("--out", type=Path, help="default: evaluation/NAME of the source, with --teacher NAME-teacher")
+    parser.add_argument(
+        "--out", type=path_argument, help="default: evaluation/NAME of the source, with --teacher NAME-teacher"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     return parser.parse_args()
 
 
 def default_out(source: str, *, teacher: bool) -> Path:
     """A folder for each source, which is known by the last part of its path or hub id."""
-    return EVALUATIONS / (Path(source).resolve().name + "-teacher" * teacher)
+    return EVALUATIONS / (Path(os.path.realpath(source)).name + "-teacher" * teacher)
 
 
 @command

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 
 EPILOG = """
 The folder loads with plain diffusers:
@@ -26,18 +28,18 @@ def main() -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", help="the `out` folder of a training run")
-    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("run", type=path_argument, help="the `out` folder of a training run")
+    parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
     arguments = parser.parse_args()
     from tbcm.student import export
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
-    out = Path(arguments.out)
-    if out.exists():
+    out: Path = arguments.out
+    if os.path.lexists(out):  # a link that leads nowhere, too
         raise UserError(f"{out} exists already: choose another folder or remove it")
-    export(arguments.run, out, dtype=dtype, average=arguments.weights == "ema")
+    export(str(arguments.run), out, dtype=dtype, average=arguments.weights == "ema")
     print(f"wrote {out}")
 
 

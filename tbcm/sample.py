@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument, source_argument, text_argument
 
 EPILOG = """
 examples:
@@ -23,14 +24,16 @@ def main() -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'")
-    parser.add_argument("prompts", nargs="+", help="one image each")
+    parser.add_argument(
+        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'"
+    )
+    parser.add_argument("prompts", nargs="+", type=text_argument, help="one image each")
     parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")
     parser.add_argument("--steps", type=int, help="default: 1, or 20 for a teacher")
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="of a run: averaged or last weights")
-    parser.add_argument("--out", default="samples", help="folder for the images (default: samples)")
+    parser.add_argument("--out", type=path_argument, default="samples", help="folder for the images (default: samples)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     arguments = parser.parse_args()
     steps = arguments.steps if arguments.steps is not None else (20 if arguments.teacher else 1)
@@ -44,7 +47,7 @@ def main() -> None:
         arguments.source, teacher=arguments.teacher, average=arguments.weights == "ema", device=arguments.device
     )
     images = sampler(arguments.prompts, steps=steps, guidance=arguments.guidance, seed=arguments.seed)
-    out = Path(arguments.out)
+    out: Path = arguments.out
     for i, image in enumerate(images):
         save_png(image, out / f"{i:04d}.png")
     save_png(sheet([(f"{steps} step" + "s" * (steps > 1), images)], arguments.prompts), out / "sheet.png")

@@ -44,7 +44,8 @@ def open_source(path: str) -> Source:
     """Raises UserError where `path` is neither a run nor a pipeline."""
     folder = Path(path)
     if (folder / RUN_CONFIG).is_file():
-        return Source(path, load_config(folder / RUN_CONFIG), is_run=True)
+        config = load_config(folder / RUN_CONFIG)
+        return Source(path, config.model_copy(update={"out": path}), is_run=True)  # it may have been moved
     if (folder / PIPELINE_CONFIG).is_file():
         config = load_config(folder / PIPELINE_CONFIG)
         # The folder has everything: what its configuration calls the teacher's is here.

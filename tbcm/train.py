@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:
@@ -34,8 +35,13 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a YAML file, such as configs/emoji.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as train.steps=500")
+    parser.add_argument("config", type=path_argument, help="a YAML file, such as configs/emoji.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override, such as train.steps=500: text as it is, with quotes and all (null: none); the rest in YAML",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest whole checkpoint; start where there is none"
     )
@@ -86,8 +92,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
     lock = RunLock(config.out)
     distributed.run_on_main(lock.acquire)
     try:
-        distributed.run_on_main(lambda: remove_leftovers(*(Path(config.out, name) for name in WRITTEN)))
         log_to_file(config.out)
+        distributed.run_on_main(lambda: remove_leftovers(*(Path(config.out, name) for name in WRITTEN)))
         with Watchdog(timeout):
             code = _run(config, torch_device, distributed.is_restart() or resume)
             distributed.shutdown()  # not after an error: the other ranks may be stuck, and `failure` ends this one
@@ -105,11 +111,12 @@ def _run(config: Config, device: torch.device, resume: bool) -> int:
     """A function of its own: when it has returned, nothing holds on to the process group any more."""
     from tbcm.build import build_parts
     from tbcm.runtime import distributed
+    from tbcm.runtime.checkpoint_files import checkpoints_in
     from tbcm.runtime.files import atomic_path
     from tbcm.trainer import Trainer
 
     logger = logging.getLogger("tbcm")
-    begun = distributed.run_on_main(lambda: any((Path(config.out) / "checkpoints").glob("step-*")))
+    begun = distributed.run_on_main(lambda: bool(checkpoints_in(Path(config.out) / "checkpoints")))
     if begun and not resume:
         raise UserError(f"{config.out} holds a run already: continue it with --resume, or choose another `out`")
     trainer = Trainer(config, device, build_parts(config, device))

@@ -25,6 +25,7 @@ from tbcm.method.types import Trajectory
 from tbcm.preview import Previewer
 from tbcm.rollouts import Batch
 from tbcm.runtime import checkpoint, distributed
+from tbcm.runtime.checkpoint_files import name_of
 from tbcm.runtime.checkpoint_writer import CheckpointWriter
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.failure import noted
@@ -319,9 +320,9 @@ class Trainer:
 
     def resume(self) -> None:
         """Continues from the newest whole checkpoint of the run."""
-        manifest = checkpoint.load(self.out, self._state())
+        manifest = checkpoint.load(self.out, self._state(), optional={"scaler": "fp16's loss scale"})
         self.step = self._save_begun = int(manifest["step"])
-        self.writer.saved = self.step, self.out / "checkpoints" / f"step-{self.step:08d}"
+        self.writer.saved = self.step, self.out / "checkpoints" / name_of(self.step)
         changed = differences(manifest["config"], self._described)
         if changed and distributed.is_main():
             logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))

@@ -78,7 +78,7 @@ def unreadable(run: Path) -> list[str]:
         except (UserError, OSError) as error:
             if folder.exists():  # else it has just been deleted as the oldest
                 found.append(f"{folder} cannot be read: {error}")
-    if len(temporary := list(root.glob(".tmp-*"))) > 1:
+    if len(temporary := list(root.glob(".tbcm-*"))) > 1:
         found.append(f"more than the newest temporary folder: {sorted(path.name for path in temporary)}")
     return found
 

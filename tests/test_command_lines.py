@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
+import pty
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,13 @@ from safetensors.torch import load_file
 from tiny import metrics, write_config, write_teacher
 from warm_processes import started
 
-from tbcm import export, sample, train
+from tbcm import encode, encode_images, evaluate, export, sample, train
+from tbcm.emoji import autoencoder, dataset, demo
+from tbcm.emoji import teacher as emoji_teacher
+from tbcm.errors import UserError
+from tbcm.figures import __main__ as figures
 from tbcm.generation import open_sampler
+from tbcm.paths import path_argument, source_argument, text_argument
 from tbcm.runtime import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +213,7 @@ def test_unknown_keys_are_refused_before_anything_is_loaded(call: Run, config: P
         ("data.prompts=nowhere.txt", ["nowhere.txt", "no such prompt file"]),
         ("data.prompts=nowhere.docx", ["nowhere.docx", "unknown kind of prompt file", ".parquet"]),
         ("teacher.path=nowhere", ["nowhere", "no diffusers pipeline there"]),
-        ("out=prompts.txt", ["cannot write prompts.txt", "a file stands where a folder is needed"]),
+        ("out=prompts.txt", ["prompts.txt: a file stands where a folder is needed"]),
         ("train.prompts_per_step", ["write section.key=value"]),
         ("parallel.mode=fsdp optimizer.name=came", ["parallel.mode=fsdp needs optimizer.name=adamw"]),
     ],
@@ -289,6 +297,178 @@ def train_by_itself(arguments: list[str], said: Path) -> None:
     sys.argv = ["tbcm.train", *arguments]
     with said.open("w") as sys.stderr:
         sys.exit(train.main())
+
+
+def test_a_closed_terminal_saves(config: Path, tmp_path: Path) -> None:
+    """Not even its messages have anywhere to go any more."""
+    arguments, said = [str(config), "train.steps=100000", "log.preview_every=0"], tmp_path / "said.txt"
+    with started(train_in_a_terminal_that_closes, arguments, tmp_path / "run" / "metrics.jsonl", said) as process:
+        process.join(180)
+        assert process.exitcode == 0
+    assert said.read_text() == "130"
+    assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def train_in_a_terminal_that_closes(arguments: list[str], log: Path, said: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        sys.argv = ["tbcm.train", *arguments]
+        os._exit(train.main())
+    os.set_blocking(terminal, False)
+    while not (log.exists() and log.stat().st_size):
+        time.sleep(0.1)
+        with suppress(OSError):
+            os.read(terminal, 1 << 16)  # else the terminal fills up, and what writes to it waits
+    os.close(terminal)
+    said.write_text(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+
+
+# Paths
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "moved"])
+def test_a_run_of_a_relative_teacher_goes_on_from_anywhere(
+    call: Run, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(teacher, home / "teacher")
+    (home / "prompts.txt").write_text("a red ball\na blue ball\n")
+    monkeypatch.chdir(home)
+    path = write_config(home / "c.yaml", Path("./teacher"), Path("prompts.txt"), Path("runs/a b #1"))
+    few = "train.steps=1", "train.prompts_per_step=2", "checkpoint.every=1"
+    assert call(train.main, path, *few)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = home / "runs" / "a b #1"
+    if where == "moved":
+        run = Path(shutil.move(run, tmp_path / "moved"))
+    for more in ([], ["--teacher", "--steps", 2]):
+        assert call(sample.main, run, "a cat", *more, "--out", "samples")[0] == 0
+    assert call(export.main, run, "exported")[0] == 0
+    assert call(train.main, run / "config.yaml", f"out={run}", "train.steps=2", "--resume")[0] == 0
+    assert checkpoint.load(run, {})["step"] == 2
+
+
+def test_home_folders_in_every_path_of_a_run(
+    call: Run, teacher: Path, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, tmp_path / "teacher")
+    write_config(tmp_path / "c.yaml", Path("~/teacher"), Path("~/prompts.txt"), Path("~/run"))
+    cache = ["--config", "~/c.yaml"]
+    assert call(encode.main, "~/prompts.txt", "~/cache", *cache)[0] == 0
+    assert call(train.main, "~/c.yaml", "text.cache=~/cache", "train.steps=1")[0] == 0
+    assert call(sample.main, "~/run", "a cat", "--out", "~/samples")[0] == 0
+    assert call(export.main, "~/run", "~/exported")[0] == 0
+    assert {"run", "cache", "samples", "exported"} <= {path.name for path in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
+COMMANDS = [
+    train.main,
+    encode.main,
+    encode_images.main,
+    sample.main,
+    export.main,
+    evaluate.main,
+    figures.main,
+    demo.main,
+    dataset.main,
+    autoencoder.main,
+    emoji_teacher.main,
+]
+NO_PATHS = {"overrides", "name", "device"}
+
+
+@pytest.mark.parametrize("main", COMMANDS, ids=lambda main: main.__module__)
+def test_every_argument_of_text_is_known_as_a_path_or_as_none(main: Callable[[], int], call: Run) -> None:
+    """A new one has to be put into `NO_PATHS`, or to be a path."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def keep(self: argparse.ArgumentParser, *arguments: object) -> None:
+        parsers.append(self)
+        raise UserError("kept")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, keep)
+        assert_one_line(call(main), "kept")
+    actions = [action for action in parsers[0]._actions if action.nargs != 0 and action.choices is None]
+    texts = {action.dest: action.type for action in actions if action.type not in (int, float)}
+    known = {path_argument, source_argument, text_argument}
+    assert {dest for dest, kind in texts.items() if kind not in known} <= NO_PATHS
+
+
+ODD = ["", "x" * 300, "a/" * 2100, "bad\udcff", "~nobody-at-all", "no such folder", "org/no-such-model", "loop", "file"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_no_source_can_be_this(call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("file").write_text("")
+    for main, *more in ((sample.main, "a cat"), (export.main, "out"), (evaluate.main,), (figures.main,)):
+        given = ["equivalent-noise", text] if main is figures.main else [text, *more]
+        assert_one_line(call(main, *given))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ODD[:5] + ODD[-2:])
+def test_no_output_can_be_this(call: Run, finished: Path, tmp_path: Path, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        Path("loop").symlink_to("loop")
+        Path("file").write_text("")
+        assert_one_line(call(export.main, finished, text))
+        assert_one_line(call(sample.main, finished, "a cat", "--out", text))
+        assert_one_line(call(sample.main, finished, "bad \udcff", "--out", "out"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def as_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def with_bytes(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+NOISE = with_bytes(b"\xff\xfe\x00 {[\n")
+DAMAGES = [
+    *(("metrics.jsonl", make) for make in (as_folder, NOISE, with_bytes(b"{}\n1\n"))),
+    *(("checkpoints", make) for make in (as_loop, NOISE)),
+    *(("config.yaml", make) for make in (as_folder, as_loop, NOISE)),
+    *((".lock", as_folder), ("logs", as_loop), ("prompts", NOISE)),
+    *(
+        ("checkpoints/step-00000003/manifest.json", make)
+        for make in (as_loop, with_bytes(b"[]"), with_bytes(b"[" * 9999))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), DAMAGES)
+def test_whatever_has_become_of_a_run(
+    call: Run, finished: Path, tmp_path: Path, name: str, make: Callable[[Path], object]
+) -> None:
+    """It is resumed, sampled and exported, or refused in one line."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    make(path)
+    few = "train.steps=4", "log.preview_every=0"
+    for main, *arguments in (
+        (train.main, finished.parent / "c.yaml", f"out={run}", *few, "--resume"),
+        (sample.main, run, "a cat", "--out", tmp_path / "samples"),
+        (export.main, run, tmp_path / "exported"),
+    ):
+        result = call(main, *arguments)
+        if result[0]:
+            assert_one_line(result)
 
 
 def test_the_black_latent_is_made_once_and_kept_with_the_run(finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -17,14 +18,15 @@ import torch
 from diffusers import AutoencoderDC
 from PIL import Image
 from ranks import on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import metrics, tiny_vae, write_config, write_teacher
 from torch import Tensor
 
 from tbcm import encode_images, train
-from tbcm.build import build_parts, build_source
+from tbcm.build import build_latents, build_parts, build_source
 from tbcm.config import load_config
 from tbcm.data import latent_writer, latents
+from tbcm.errors import UserError
 from tbcm.random_parts import random_parts
 from tbcm.trainer import Trainer
 
@@ -248,3 +250,30 @@ def test_bad_images_are_skipped_alike_with_and_without_latents(home: Path, tmp_p
         call(train.main, home / "c.yaml", f"out={tmp_path / 'no'}", f"data.images={images}"),
         *("of 10 samples are bad, more than data.max_bad_share = 0.05 allows", "cannot be decoded"),
     )
+
+
+@pytest.mark.parametrize("how", ["relative", "link", "moved", "retrained"])
+def test_latents_are_known_by_the_vae_not_by_its_path(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call, how: str
+) -> None:
+    teacher, cache = tmp_path / "teacher", shutil.copytree(home / "fp32", tmp_path / "fp32")
+    monkeypatch.chdir(tmp_path)
+    if how == "link":
+        teacher.symlink_to(home / "teacher")
+    else:
+        shutil.copytree(home / "teacher", teacher)
+    if how == "retrained":
+        file = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+        save_file({name: tensor + 1e-3 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    given = "teacher.path=../" + os.path.relpath(teacher, tmp_path.parent)
+    config = load_config(home / "c.yaml", [*from_latents(cache), given])
+    again = [encode_images.main, home / "c.yaml", cache, given, "--dtype", "fp32"]
+    if how == "retrained":
+        with pytest.raises(UserError, match=f"teacher.path: {home}/teacher -> {teacher};"):
+            build_latents(config, CPU)
+        assert_one_line(call(*again), "holds a cache that was made otherwise")
+    else:
+        assert len(build_latents(config, CPU)[0]) == COUNT
+        code, _, said = call(*again)
+        assert code == 0 and "3 files were there already" in said
+        assert len(list(cache.glob("black_latent-*"))) == 1

@@ -338,3 +338,27 @@ def test_a_checkpoint_that_could_not_be_written_is_made_up_for(
     assert not trainer.run() and trainer.step == 6
     assert "the disk is full" in caplog.text and "in its place" in caplog.text
     assert trainer.writer.saved is not None and trainer.writer.saved[0] == 6
+
+
+@pytest.mark.parametrize("after", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("before", ["fp32", "bf16", "fp16"])
+def test_a_run_goes_on_in_any_precision(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: str, after: str
+) -> None:
+    """As `precision: auto` has it where a run moves to another kind of GPU."""
+    first = make(tmp_path, student={"precision": before})
+    if before == "fp16":
+        first.scaler.load_state_dict(first.scaler.state_dict() | {"scale": 256.0, "_growth_tracker": 7})
+    first.save()
+    first.writer.wait()
+    then = make(tmp_path, student={"precision": after})
+    then.resume()
+    assert_equal(tensors(first), tensors(then))
+    kept = {"scale": 256.0, "_growth_tracker": 7} if before == "fp16" else {"scale": 65536.0, "_growth_tracker": 0}
+    assert after != "fp16" or then.scaler.state_dict().items() >= kept.items()
+    said = [record.message for record in caplog.records if "loss scale" in record.message]
+    changed = (before == "fp16") != (after == "fp16")
+    assert len(said) == changed
+    assert not changed or ("it begins anew" if after == "fp16" else "it is left out") in said[0]
+    then.train_step()
+    assert then.step == 1

@@ -16,7 +16,7 @@ import tbcm
 from tbcm.data import sharded
 from tbcm.data.captions import PromptSource, open_prompts
 from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, STATES, Shard, shard_name
-from tbcm.data.sharded import MANIFEST, key_of
+from tbcm.data.sharded import MANIFEST, key_of, key_of_settings
 from tbcm.runtime.files import atomic_path, write_json
 
 
@@ -96,7 +96,7 @@ class CacheWriter:
         return open_prompts(self.folder / PROMPTS)
 
     def _key(self, name: str) -> str:
-        return key_of(STATES.format, self.made_with, self.prompts(name))
+        return key_of(STATES.format, key_of_settings(self.made_with), self.prompts(name))
 
 
 def _without_padding(embeds: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

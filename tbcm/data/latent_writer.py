@@ -16,7 +16,7 @@ import tbcm
 from tbcm.data import sharded
 from tbcm.data.captions import PromptSource, open_prompts
 from tbcm.data.latents import CAPTIONS, LATENTS, SHARD_IMAGES, shard_name, shard_number
-from tbcm.data.sharded import MANIFEST, key_of
+from tbcm.data.sharded import MANIFEST, key_of, key_of_settings
 from tbcm.errors import UserError
 from tbcm.runtime.files import atomic_path, write_json
 
@@ -109,4 +109,5 @@ class LatentWriter:
 
     def _key(self, name: str) -> str:
         images = self.indices(name)
-        return key_of(LATENTS.format, self.made_with, self._captions.all_texts(images.start, images.stop))
+        made_with = key_of_settings(self.made_with)
+        return key_of(LATENTS.format, made_with, self._captions.all_texts(images.start, images.stop))

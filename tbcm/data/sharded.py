@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tbcm.data.files import reason, shown
 from tbcm.errors import UserError
+from tbcm.models.identity import key_of_model, same_model
 from tbcm.runtime import distributed
 from tbcm.runtime.files import atomic_path, remove_leftovers
 
@@ -142,8 +143,28 @@ def key_of(*content: Any) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Where `old` is not `new`, as "key: old -> new, ..."; empty where it is."""
-    return ", ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+    """Where `old` is not `new`, as "key: old -> new, ..."; empty where it is. Models (see `model_identity`) are
+    the same whatever path leads to them."""
+    pairs = {key: (old.get(key), value) for key, value in new.items()}
+    different = {key: pair for key, pair in pairs.items() if not _same(*pair)}
+    return ", ".join(f"{key}: {' -> '.join(_told(*pair))}" for key, pair in different.items())
+
+
+def key_of_settings(made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """`made_with`, but for the paths that lead to models."""
+    return {key: key_of_model(value) if isinstance(value, dict) else value for key, value in made_with.items()}
+
+
+def _same(old: Any, new: Any) -> bool:
+    return same_model(old, new) if isinstance(old, dict) or isinstance(new, dict) else old == new
+
+
+def _told(old: Any, new: Any) -> tuple[str, str]:
+    """For people: models by their paths, and where these do not tell them apart by their files, too."""
+    models = [{"path": each, "files": "unknown"} if not isinstance(each, dict) else each for each in (old, new)]
+    alike = models[0]["path"] == models[1]["path"]
+    one, other = (f"{each['path']}" + f" (files {each['files']})" * alike for each in models)
+    return one, other
 
 
 def share(names: Sequence[str], is_whole: Callable[[str], bool]) -> tuple[list[str], set[str]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tbcm.emoji.dataset import load_images
 from tbcm.emoji.training import Budget, WeightAverage, add_training_arguments, budget_of, fit, shuffled_batches
 from tbcm.errors import command
+from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_folder
 
 LATENT_CHANNELS = 8
@@ -139,8 +140,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tbcm.emoji.autoencoder", description="Train the emoji autoencoder."
     )
-    parser.add_argument("data", type=Path, help="what tbcm.emoji.dataset wrote")
-    parser.add_argument("out", type=Path, help="becomes a diffusers folder")
+    parser.add_argument("data", type=path_argument, help="what tbcm.emoji.dataset wrote")
+    parser.add_argument("out", type=path_argument, help="becomes a diffusers folder")
     add_training_arguments(parser, minutes=25)
     return parser.parse_args()
 

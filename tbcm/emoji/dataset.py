@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from tbcm.errors import UserError, command
+from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_path, write_json
 
 SIZE = 64  # pixels, both ways
@@ -217,8 +218,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tbcm.emoji.dataset", description="Render the emoji images and their captions."
     )
-    parser.add_argument("out", type=Path, help="folder for the atlases and captions.json")
-    parser.add_argument("--packages", type=Path, help="folder of npm tarballs (otherwise `npm pack` fetches them)")
+    parser.add_argument("out", type=path_argument, help="folder for the atlases and captions.json")
+    parser.add_argument(
+        "--packages", type=path_argument, help="folder of npm tarballs (otherwise `npm pack` fetches them)"
+    )
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ from tbcm.errors import UserError, command
 from tbcm.evaluation.emoji import TEACHER_STEPS, EmojiJudge
 from tbcm.generation import Sampler
 from tbcm.images import save_png, sheet
+from tbcm.paths import path_argument
 from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.files import RunLock, atomic_path, write_json
 from tbcm.runtime.log import setup_logging
@@ -139,8 +140,13 @@ def start_afresh(folder: Path, config: Config) -> None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tbcm.emoji.demo", description=__doc__)
-    parser.add_argument("--config", default="configs/emoji.yaml")
-    parser.add_argument("--out", default="runs/demo", help="folder for report, sheet and run; an old one is replaced")
+    parser.add_argument("--config", type=path_argument, default="configs/emoji.yaml")
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        default="runs/demo",
+        help="folder for report, sheet and run; an old one is replaced",
+    )
     parser.add_argument(
         "--minutes", type=float, default=7.5, help="training time; 0: the configuration's own number of steps"
     )
@@ -149,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if not 2 <= arguments.images <= 2400:
         raise UserError(f"--images {arguments.images}: give 2 to 2400, the number of real images shipped")
-    out = Path(arguments.out)
+    out: Path = arguments.out
     demo = [f"out={out / 'run'}"]
     if arguments.minutes > 0:
         demo += [f"train.max_minutes={arguments.minutes}"]

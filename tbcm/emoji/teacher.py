@@ -24,6 +24,7 @@ from tbcm.emoji.sampler import preview
 from tbcm.emoji.training import Budget, WeightAverage, add_training_arguments, budget_of, fit, shuffled_batches
 from tbcm.errors import UserError, command
 from tbcm.models.text import MiniLMEncoder, encode_null
+from tbcm.paths import path_argument
 
 MAX_TOKENS = 16
 CAPTION_DROPOUT = 0.1
@@ -128,9 +129,9 @@ def train(data: Path, autoencoder: Path, out: Path, budget: Budget, device: str)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tbcm.emoji.teacher", description="Train the emoji teacher.")
-    parser.add_argument("data", type=Path, help="what tbcm.emoji.dataset wrote")
-    parser.add_argument("autoencoder", type=Path, help="what tbcm.emoji.autoencoder wrote")
-    parser.add_argument("out", type=Path, help="the asset folder")
+    parser.add_argument("data", type=path_argument, help="what tbcm.emoji.dataset wrote")
+    parser.add_argument("autoencoder", type=path_argument, help="what tbcm.emoji.autoencoder wrote")
+    parser.add_argument("out", type=path_argument, help="the asset folder")
     add_training_arguments(parser, minutes=55)
     return parser.parse_args()
 

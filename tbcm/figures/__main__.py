@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tbcm.errors import UserError, command
 from tbcm.figures import FIGURES
+from tbcm.paths import path_argument, source_argument
 
 EPILOG = """
 figures:
@@ -33,12 +34,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "sources",
         nargs="*",
+        type=source_argument,
         metavar="RUN_OR_TEACHER",
         help="a run's folder, a diffusers pipeline (folder or hub id) or 'emoji' (default); fid-throughput: reports",
     )
     parser.add_argument("--prompts", "--images", type=int, metavar="N", help="how many; default: each figure's own")
     parser.add_argument(
-        "--prompt-file", metavar="FILE", help="default: the run's, or the emoji's for the emoji teacher"
+        "--prompt-file",
+        type=source_argument,
+        metavar="FILE",
+        help="default: the run's, or the emoji's for the emoji teacher",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[], metavar="N", help="of a trajectory, or route points"
@@ -46,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder (default: figures)")
+    parser.add_argument("--out", type=path_argument, default=Path("figures"), help="folder (default: figures)")
     return parser.parse_args()
 
 

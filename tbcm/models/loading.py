@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
+from tbcm.models.identity import key_of_model, model_identity
 from tbcm.models.sana import SanaTrigFlow
 
 FLOW_STEPS = 1000
@@ -181,7 +182,8 @@ def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torc
     from tbcm.runtime.files import atomic_path
 
     key = str(image_size)
-    name = hashlib.sha256(f"{pipeline.location}@{pipeline.revision}".encode()).hexdigest()[:8]
+    vae = model_identity(pipeline.location, pipeline.revision, ["vae"])
+    name = hashlib.sha256(key_of_model(vae).encode()).hexdigest()[:8]
     cache = folder / f"black_latent-{name}.safetensors"
     for file in (Path(pipeline.location) / "black_latent.safetensors", cache):
         if file.is_file():
@@ -191,8 +193,8 @@ def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torc
                 raise UserError(f"{file}: damaged ({_first_line(error)}); delete it to have it made again") from None
             if key in stored:
                 return stored[key].to(device)
-    vae = pipeline.load_vae(torch.float32).to(device)
-    black = encode_images(vae, -torch.ones(1, 3, image_size, image_size, device=device))[0]
+    encoder = pipeline.load_vae(torch.float32).to(device)
+    black = encode_images(encoder, -torch.ones(1, 3, image_size, image_size, device=device))[0]
     with atomic_path(cache) as temporary:
         save_file({key: black.cpu()}, temporary)
     return black

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,17 @@ def save(
     return writer.saved[1]
 
 
-def load(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
+def load(
+    path: str | os.PathLike[str], state: dict[str, Any], *, optional: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Restores `state` in place from a checkpoint folder, or from the newest whole checkpoint of a run's folder.
 
     `state` is as for `save`, with everything of the right shape already there, sharded or not, whatever it was when it
     was saved; it may name fewer things than were saved (only "ema", to sample). Every rank calls it.
+
+    Args:
+        optional: what may be empty in `state` or in the checkpoint, by its name there, and what to call it. Where it is
+            in one of them only, it stays as it is, and a warning says so.
 
     Returns:
         The manifest: "step", "config", "versions" and so on.
@@ -62,10 +69,13 @@ def load(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
         checkpoint, manifest = found
     else:
         raise UserError(f"no checkpoint in {given / 'checkpoints'}: start the run without resuming")
+    reader = dcp.FileSystemReader(checkpoint)
+    lacking = [name for name, what in (optional or {}).items() if not _agree(reader, name, state[name], what)]
+    state = {name: part for name, part in state.items() if name not in lacking}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=not distributed.is_initialized())
+            dcp.load(state, storage_reader=reader, no_dist=not distributed.is_initialized())
     except CheckpointException as error:
         raise UserError(
             f"checkpoint {checkpoint} does not fit this model or optimizer ({first_failure(error)}): "
@@ -73,6 +83,18 @@ def load(path: str | os.PathLike[str], state: dict[str, Any]) -> dict[str, Any]:
             " other state since then (CAME, of convolutions): go on with that version of tbcm, or start another run"
         ) from error
     return manifest
+
+
+def _agree(reader: dcp.FileSystemReader, name: str, part: Any, what: str) -> bool:
+    """Whether both a checkpoint and `part` have something under `name`, or neither has."""
+    here = bool(part.state_dict())
+    there = distributed.run_on_main(
+        lambda: any(key.startswith(f"{name}.") for key in reader.read_metadata().state_dict_metadata)
+    )
+    if here != there and distributed.is_main():
+        how = "has none: it begins anew" if here else "has one that is not needed now: it is left out"
+        logger.warning("%s: checkpoint %s %s", what, reader.path, how)
+    return here == there
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:

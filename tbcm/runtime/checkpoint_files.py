@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import re
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 import tbcm
 from tbcm.errors import UserError
-from tbcm.runtime.files import TEMPORARY_PREFIX, explain_os_errors, write_json
+from tbcm.runtime.files import discard, warn_once, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         whole = manifest.pop("sha256") == _self_digest(manifest)
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         whole = False
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be read ({error.strerror}): {_MEND}") from error
@@ -95,26 +94,34 @@ def check_files(checkpoint: Path, entries: Iterable[tuple[str, Entry]]) -> None:
 
 
 def checkpoints_in(root: Path) -> dict[int, Path]:
-    """By step, whole or not."""
+    """By step, whole or not: folders, and links to where folders are or were."""
     named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in root.glob("step-*"))
-    return {int(match[1]): path for match, path in named if match}
+    ours = ((int(match[1]), path) for match, path in named if match and path.name == name_of(int(match[1])))
+    return {step: path for step, path in ours if path.is_symlink() or path.is_dir()}
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def prune(root: Path, step: int, keep_last: int, keep_every: int | None) -> None:
-    """Leaves those to be kept, now that `step` is written."""
+    """Leaves those to be kept, now that `step` is written. What cannot be removed is a warning (see `discard`)."""
     checkpoints = checkpoints_in(root)
-    with explain_os_errors(root):
-        for later in filter(lambda other: other > step, list(checkpoints)):
-            # Left by a run that was resumed from before them: were they kept, the next resume would go back to them.
-            path = checkpoints.pop(later)
-            logger.warning("%s is later than the run is now: renamed to stale-%s", path, path.name)
-            shutil.rmtree(path.with_name(f"stale-{path.name}"), ignore_errors=True)
-            path.rename(path.with_name(f"stale-{path.name}"))
-        for old in sorted(checkpoints)[: -max(1, keep_last)]:
-            if not (keep_every and old % keep_every == 0):
-                # Renamed first: a kill half way must not leave something that looks like a checkpoint.
-                doomed = checkpoints[old].rename(root / f"{TEMPORARY_PREFIX}{checkpoints[old].name}")
-                shutil.rmtree(doomed)
+    for later in filter(lambda other: other > step, list(checkpoints)):
+        # Left by a run that was resumed from before them: were they kept, the next resume would go back to them.
+        path = checkpoints.pop(later)
+        stale = path.with_name(f"stale-{path.name}")
+        try:
+            discard(stale)
+            path.rename(stale)
+        except OSError as error:
+            why = f"and cannot be renamed ({error.strerror}): move it away, or the next resume goes back to it"
+            warn_once(path, f"is later than the run is now, {why}")
+        else:
+            logger.warning("%s is later than the run is now: renamed to %s", path, stale.name)
+    for old in sorted(checkpoints)[: -max(1, keep_last)]:
+        if not (keep_every and old % keep_every == 0):
+            discard(checkpoints[old])
 
 
 def _self_digest(manifest: dict[str, Any]) -> str:

@@ -94,7 +94,7 @@ class CheckpointWriter:
         config = json.loads(json.dumps(config))  # as a reader will see it: keys are strings, tuples are lists
         state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
         sharded = self._ranks.world > 1 and any(isinstance(leaf, DTensor) for leaf in tree_leaves(state))
-        target = self._root / f"step-{step:08d}"
+        target = self._root / files.name_of(step)
         writing: Future[None] | None = None
         if sharded or self._ranks.is_main:
             write = partial(self._write, step, target, self._copy(state) if self._asynchronous else state, config)

@@ -178,11 +178,15 @@ def _to_floats(metrics: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 def _cut(path: Path, start_step: int) -> None:
     """Drops the rows after `start_step`, and a last line that a killed process left unfinished."""
-    if not path.exists():
+    if not os.path.lexists(path):
         with explain_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{path} cannot be read ({reason}): mend it or move it away") from None
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     kept = [line for number, line in enumerate(lines, 1) if _step_of(line, path, number) <= start_step]

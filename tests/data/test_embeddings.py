@@ -23,6 +23,7 @@ from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
 from tbcm.models.text import GemmaEncoder, MiniLMEncoder, TextEncoder, encode_null
+from tbcm.runtime.files import temporary
 
 REPEATED = [*PROMPTS[:5], PROMPTS[2], *PROMPTS[5:], "a longer prompt 桜 🐼", PROMPTS[0]]  # 10 distinct: 3 shards of 4
 
@@ -166,7 +167,7 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
             write(tmp_path / "c", first)
         with pytest.raises(UserError, match=r"not a finished one \(manifest\.json\)"):
             CachedEncoder(tmp_path / "c")
-        (tmp_path / "c" / ".tmp-12345678-shard-00001.safetensors").write_bytes(b"of a killed process")
+        temporary(tmp_path / "c" / "shard-00001.safetensors").write_bytes(b"of a killed process")
     else:
         write(tmp_path / "c", first)
     write(tmp_path / "c", second)
@@ -174,7 +175,7 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
     expected, found = finished(tmp_path / "whole"), finished(tmp_path / "c")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name][key], expected[name][key]) for name in expected for key in expected[name])
-    assert not list((tmp_path / "c").glob(".tmp-*"))
+    assert not list((tmp_path / "c").glob(".tbcm-*"))
 
 
 def test_prompts_added_at_the_end_cost_only_themselves(tmp_path: Path) -> None:

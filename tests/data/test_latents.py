@@ -18,6 +18,7 @@ from tbcm.data.captions import PromptSource
 from tbcm.data.latent_writer import LatentWriter
 from tbcm.data.latents import PrecomputedLatents
 from tbcm.errors import UserError
+from tbcm.runtime.files import temporary
 
 CAPTIONS = [f"caption {i} 🐼" for i in range(10)]  # 3 shards of 4
 MADE_WITH = {"teacher.path": "here", "teacher.revision": None, "teacher.image_size": 64, "scaling_factor": 0.7}
@@ -116,7 +117,7 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
             write(tmp_path / "c", first)
         with one_line(r"no cache of latents, or not a finished one \(manifest\.json\)", "run tbcm.encode_images again"):
             PrecomputedLatents(tmp_path / "c")
-        (tmp_path / "c" / ".tmp-12345678-latents-00001.safetensors").write_bytes(b"of a killed process")
+        temporary(tmp_path / "c" / "latents-00001.safetensors").write_bytes(b"of a killed process")
     else:
         write(tmp_path / "c", first)
     write(tmp_path / "c", second)

@@ -140,7 +140,7 @@ def disturbed(run: SupervisedRun, like: Undisturbed, chance: random.Random, kill
     run.finish()
     soak.report()
     problems = differences(run.folder, like.folder) + unreadable(run.folder)
-    problems += [f"{path} is left over" for path in run.folder.glob(".tmp-*")]
+    problems += [f"{path} is left over" for path in run.folder.glob(".tbcm-*")]
     if problems:
         raise SoakError(f"the run differs from the undisturbed one after {made} kills: {'; '.join(problems)}")
     return made

@@ -93,7 +93,7 @@ class SupervisedRun:
 
     def wait_for_save(self) -> bool:
         for _ in torchrun.every(0.001, STUCK):
-            if any((self.folder / "checkpoints").glob(".tmp-*")):
+            if any((self.folder / "checkpoints").glob(".tbcm-*")):
                 return True
             if self.supervise():
                 return False

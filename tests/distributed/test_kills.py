@@ -58,6 +58,6 @@ def test_a_flipped_bit_and_a_second_temporary_folder_are_seen(copy: Path) -> Non
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     for name in "ab":
-        (copy / "checkpoints" / f".tmp-{name}").mkdir()
+        (copy / "checkpoints" / f".tbcm-{name}").mkdir()
     damaged, temporary = unreadable(copy)
-    assert "step-00000002 cannot be read" in damaged and ".tmp-a" in temporary
+    assert "step-00000002 cannot be read" in damaged and ".tbcm-a" in temporary

@@ -23,6 +23,7 @@ from tbcm.errors import UserError
 from tbcm.runtime import checkpoint
 from tbcm.runtime.checkpoint_writer import CheckpointWriter, HostCopy
 from tbcm.runtime.ema import EMA
+from tbcm.runtime.files import temporary
 from tbcm.runtime.guard import NonFiniteGuard
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
 from tbcm.runtime.seeding import generator
@@ -380,10 +381,96 @@ def test_keep_last_and_keep_every(tmp_path: Path) -> None:
     assert names(tmp_path) == [f"step-{step:08d}" for step in (4, 8, 9, 10)]
 
 
+def moved_away(path: Path, to: Path) -> Path:
+    """Moves a checkpoint to another disk and leaves a link behind, as people do whose disk is full."""
+    shutil.move(path, to)
+    path.symlink_to(to)
+    return to
+
+
+@pytest.mark.parametrize("fate", ["there", "gone"])
+def test_a_checkpoint_that_was_moved_and_linked_is_unlinked_when_its_time_comes(tmp_path: Path, fate: str) -> None:
+    run, folder = saved_run(tmp_path / "run", 1, 2), tmp_path / "run" / "checkpoints"
+    away = moved_away(folder / "step-00000001", tmp_path / "big-disk")
+    if fate == "gone":
+        shutil.rmtree(away)
+    for step in (3, 4):
+        checkpoint.save(tmp_path / "run", step, run.state, config={}, keep_last=2)
+    assert names(tmp_path / "run") == ["step-00000003", "step-00000004"]
+    assert fate == "gone" or checkpoint.load(away, Run().state)["step"] == 1
+
+
+def test_a_linked_later_checkpoint_becomes_stale_and_stays(tmp_path: Path) -> None:
+    run, folder = saved_run(tmp_path / "run", 1, 3), tmp_path / "run" / "checkpoints"
+    away = moved_away(folder / "step-00000003", tmp_path / "big-disk")
+    (folder / "stale-step-00000003").symlink_to(tmp_path)
+    checkpoint.save(tmp_path / "run", 2, run.state, config={})
+    assert names(tmp_path / "run") == ["stale-step-00000003", "step-00000001", "step-00000002"]
+    assert (folder / "stale-step-00000003").readlink() == away and checkpoint.load(away, Run().state)["step"] == 3
+
+
+@pytest.mark.parametrize("linked", ["run", "run/checkpoints"])
+def test_the_folders_themselves_may_be_links(tmp_path: Path, linked: str) -> None:
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / linked).parent.mkdir(exist_ok=True)
+    (tmp_path / linked).symlink_to(tmp_path / "big-disk")
+    saved = saved_run(tmp_path / "run", 1, 2)
+    checkpoint.save(tmp_path / "run", 3, saved.state, config={}, keep_last=2)
+    assert names(tmp_path / "run") == ["step-00000002", "step-00000003"]
+    assert (tmp_path / linked).is_symlink() and checkpoint.load(tmp_path / "run", Run().state)["step"] == 3
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EACCES, errno.ENOTEMPTY, errno.EIO])
+def test_pruning_that_fails_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    run = saved_run(tmp_path, 1)
+
+    def failing(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", failing)
+        for step in (2, 3, 4):
+            checkpoint.save(tmp_path, step, run.state, config={}, keep_last=1)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000004"
+    assert caplog.text.count(os.strerror(number)) == 3  # one for each of those that were to go
+    checkpoint.save(tmp_path, 5, run.state, config={}, keep_last=1)  # now they go
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that is a mount point."""
+    run, real = saved_run(tmp_path, 1), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "step-00000001":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, run.state, config={}, keep_last=1)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"] and caplog.text.count("busy") == 1
+
+
+def test_what_is_no_checkpoint_of_ours_is_not_pruned(tmp_path: Path) -> None:
+    run, folder = saved_run(tmp_path, 1), tmp_path / "checkpoints"
+    for name in ("step-1", "step-001", "step-00000001-best", "step-000000001"):
+        shutil.copytree(folder / "step-00000001", folder / name)
+    (folder / "step-00000000").write_text("notes")
+    checkpoint.save(tmp_path, 2, run.state, config={}, keep_last=1)
+    kept = ["step-00000000", "step-00000001-best", "step-000000001", "step-00000002", "step-001", "step-1"]
+    assert names(tmp_path) == sorted(kept) and checkpoint.load(tmp_path, Run().state)["step"] == 2
+
+
 def test_the_leftovers_of_a_killed_process_are_ignored_and_removed(tmp_path: Path) -> None:
     run = saved_run(tmp_path, 1)
     complete = tmp_path / "checkpoints" / "step-00000001"
-    shutil.copytree(complete, tmp_path / "checkpoints" / ".tmp-0a1b2c3d-step-00000009")
+    shutil.copytree(complete, temporary(complete))
     assert checkpoint.latest(tmp_path) == complete
     checkpoint.save(tmp_path, 2, run.state, config={})
     assert names(tmp_path) == ["step-00000001", "step-00000002"]

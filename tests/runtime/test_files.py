@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from tbcm.errors import UserError
-from tbcm.runtime.files import RunLock, atomic_folder, atomic_path, write_json
+from tbcm.runtime.files import RunLock, atomic_folder, atomic_path, remove_leftovers, temporary, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +131,139 @@ def test_atomic_folder_keeps_the_old_folder_on_failure(tmp_path: Path, monkeypat
         (part / "other").write_text("new")
     assert (target / "weights").read_text() == "old"
     assert files(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 248 + ".json1", "é" * 127, "a." + "b" * 253, "名前" * 40])
+def test_names_as_long_as_a_disk_takes(tmp_path: Path, name: str) -> None:
+    with atomic_path(tmp_path / name) as part:
+        part.write_text("file")
+    with atomic_folder(tmp_path / "deep" / name) as part:
+        (part / name).write_text("folder")
+    with atomic_folder(tmp_path / "deep" / name):
+        pass
+    assert files(tmp_path) == ["deep", name] if name > "deep" else [name, "deep"]
+    assert files(tmp_path / "deep") == [name] and files(tmp_path / "deep" / name) == []
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path) -> Path:
+    """A folder with a thesis, which nobody may touch."""
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, user_folder: Path) -> None:
+    for target in (user_folder, tmp_path / "nowhere"):
+        link = tmp_path / "out"
+        link.symlink_to(target)
+        with atomic_folder(link) as part:
+            (part / "new").write_text("")
+        assert not link.is_symlink() and files(link) == ["new"]
+        shutil.rmtree(link)
+        assert files(tmp_path) == ["user"] and files(user_folder) == ["thesis.txt"]
+
+
+def test_a_link_is_put_back_when_the_writer_fails(tmp_path: Path, user_folder: Path) -> None:
+    (tmp_path / "out").symlink_to(user_folder)
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert (tmp_path / "out").readlink() == user_folder and files(tmp_path) == ["out", "user"]
+
+
+REPLACE_AND_DIE = """
+import os, pathlib, signal, sys
+from tbcm.runtime.files import atomic_folder
+target, real = pathlib.Path(sys.argv[1]), pathlib.Path.replace
+def dying(self, other):
+    if other == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, other)
+pathlib.Path.replace = dying
+with atomic_folder(target) as part:
+    (part / "weights").write_text("new")
+"""
+
+
+def test_what_a_killed_process_had_put_aside_is_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as part:
+        (part / "weights").write_text("old")
+    assert python(REPLACE_AND_DIE, target).wait(60) == -signal.SIGKILL
+    assert not target.exists() and len(files(tmp_path)) == 2  # the new one and the old one, both under other names
+    with caplog.at_level(logging.INFO, "tbcm"):
+        remove_leftovers(tmp_path)
+    assert (target / "weights").read_text() == "old" and files(tmp_path) == ["model"]
+    assert f"{target}: put back" in caplog.text
+
+
+def test_leftovers_go_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, user_folder: Path) -> None:
+    left = [temporary(tmp_path / name) for name in ("a.json", "step-00000001", "b.tar.gz", "linked")]
+    left[0].write_text("half")
+    left[1].mkdir()
+    (left[1] / "half").write_text("")
+    left[2].touch()
+    left[3].symlink_to(user_folder)
+    with caplog.at_level(logging.INFO, "tbcm"):
+        remove_leftovers(tmp_path, tmp_path / "missing")
+    assert files(tmp_path) == ["user"] and files(user_folder) == ["thesis.txt"]
+    assert all(f"{path}: removed" in caplog.text for path in left)
+
+
+HEX = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".tmp-notes",
+        ".tmp-0a1b2c3d-notes",
+        ".tbcm",
+        ".tbcm-notes",
+        f".tbcm-{HEX}",
+        f".tbcm-{HEX}-notes",
+        f".tbcm-{HEX}-part-notes",
+        f".tbcm-{HEX}-part.my notes",
+        f".tbcm-{HEX}-older",
+        f".tbcm-{HEX[1:]}-part",
+        f".tbcm-{HEX}0-part",
+        f".tbcm-{HEX.upper()}-part",
+        f".TBCM-{HEX}-part",
+        f"tbcm-{HEX}-part",
+        f"my.tbcm-{HEX}-part",
+        f".tbcm-{HEX}-part\n",
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_only_looks_like_a_leftover_stays(tmp_path: Path, user_folder: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    if kind == "link":
+        path.symlink_to(user_folder)
+    else:
+        shutil.copytree(user_folder, path) if kind == "folder" else path.write_text("years of work")
+    remove_leftovers(tmp_path)
+    kept = path if kind == "file" else path / "thesis.txt"
+    assert kept.read_text() == "years of work" and path.is_symlink() == (kind == "link")
+
+
+def test_what_cannot_be_removed_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = temporary(tmp_path / "a")
+    (stuck / "deep").mkdir(parents=True)
+
+    def failing(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    for _ in range(3):
+        remove_leftovers(tmp_path)
+    assert caplog.text.count(str(stuck)) == 1 and "busy" in caplog.text
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert files(tmp_path) == []
 
 
 HOLD = """

@@ -1,0 +1,153 @@
+"""A configuration's text: YAML and key=value overrides in, a tree of sections out, in which text is as it was written.
+
+YAML reads `2026-11-28` as a date, `007` as a number and `no` as false. Where a field holds text, a file's value is what
+stands there; an override's is all that follows the =, and `null` alone means none, where the field may be empty.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from yaml.constructor import ConstructorError
+
+from tbcm.errors import UserError, shown
+
+
+def read_tree(path: str | Path, overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """The file's sections with the overrides applied. `model` says which fields hold text.
+
+    Raises UserError, with file, line and column or the override.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the configuration is not UTF-8 text (byte {error.start})") from None
+    tree = _yaml(text, model, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is a mapping of sections, such as `train:`")
+    for override in overrides:
+        _apply(tree, override, model)
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML, but for numbers as in YAML 1.2 (it takes 1e-5 for a string), and with every error placed.
+
+    A key that is there twice is an error: PyYAML takes the last and says nothing.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"{shown(key.value)} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # of every kind: "!!timestamp x" is an AttributeError
+            value = shown(node.value) if isinstance(node, yaml.ScalarNode) else "a value"
+            raise ConstructorError(None, None, f"{value} is no {node.tag[-30:]}", node.start_mark) from error
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def _yaml(text: str, annotation: Any, where: str) -> Any:
+    """What `text` says, for a field of the type `annotation`."""
+    value, raw = (_parsed(text, loader, where) for loader in (_Loader, yaml.BaseLoader))  # the latter: all is text
+    return _with_text_as_written(value, raw, annotation)
+
+
+def _parsed(text: str, kind: Any, where: str) -> Any:
+    loader = None
+    try:
+        loader = kind(text)
+        return loader.get_single_data()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = f"the character U+{ord(text[error.position]):04X}" if error.position < len(text) else "its end"
+        raise UserError(f"{where}: not YAML: line {line}: {character} is not allowed") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or "malformed"
+    except RecursionError:
+        assert loader is not None
+        mark, problem = loader.get_mark(), "nested too deeply"
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    raise UserError(f"{where}: not YAML: {place}{problem[:300]}")
+
+
+def _with_text_as_written(value: Any, raw: Any, annotation: Any) -> Any:
+    """`value`, with those parts from `raw` that are to be text."""
+    if is_text(annotation):
+        return raw if value is not None and isinstance(raw, str) else value
+    if get_origin(annotation) is list and isinstance(value, list) and isinstance(raw, list):
+        (item,) = get_args(annotation)
+        return [_with_text_as_written(*pair, item) for pair in zip(value, raw, strict=True)]
+    if is_section(annotation) and isinstance(value, dict) and isinstance(raw, dict):
+        return {
+            key: _with_text_as_written(part, raw.get(key), annotation_of(annotation, [key]))
+            for key, part in value.items()
+        }
+    return value
+
+
+def _apply(tree: dict[str, Any], override: str, model: type[BaseModel]) -> None:
+    key, equals, value = override.partition("=")
+    where = f"override {shown(override)}"
+    if not equals or not key:
+        raise UserError(f"{where}: write section.key=value, such as train.steps=100")
+    *sections, last = key.split(".")
+    for section in sections:
+        if isinstance(tree, dict):
+            tree[section] = {} if tree.get(section) is None else tree[section]
+            tree = tree[section]
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: {'.'.join(sections)} holds a value, not a section")
+    annotation = annotation_of(model, [*sections, last])
+    if not is_text(annotation):
+        tree[last] = _yaml(value, annotation, where)
+    else:
+        tree[last] = None if value == "null" and NoneType in get_args(annotation) else value
+
+
+def annotation_of(model: Any, keys: Sequence[Any]) -> Any:
+    """The type of a field, None where there is no such field."""
+    for key in keys:
+        field = model.model_fields.get(key) if is_section(model) else None
+        model = field.annotation if field else None
+    return model
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a field of this type holds text, or text or None."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return is_text(parts[0])
+    if origin is Literal:
+        return all(isinstance(part, str) for part in parts)
+    if origin in (Union, UnionType):
+        return all(is_text(part) for part in parts if part is not NoneType)
+    return annotation is str
