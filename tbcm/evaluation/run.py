@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tbcm.build import default_guidance
 from tbcm.data.images import CaptionedImages
 from tbcm.data.prompts import digest, load_prompts
 from tbcm.emoji.dataset import SIZE
@@ -26,7 +27,6 @@ from tbcm.evaluation.report import facts
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import sha256
 from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
-from tbcm.generation import default_guidance
 from tbcm.runtime import distributed
 
 DEFAULT_IMAGES = 2000
