@@ -16,6 +16,7 @@ from tbcm.method.trigflow import T_MAX
 from tbcm.models.loading import freeze
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
+from tbcm.pipeline_call import model_card
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.files import atomic_folder
@@ -154,6 +155,7 @@ def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torc
     with atomic_folder(out) as part:
         pipeline.save_pretrained(part)
         (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(model_card(config, str(out), dtype), encoding="utf-8")
 
 
 def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
