@@ -26,7 +26,8 @@ from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.identity import model_identity
-from tbcm.models.loading import Pipeline, black_latent, load_teacher, student_from_teacher
+from tbcm.models.loading import black_latent, load_teacher, student_from_teacher
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
 from tbcm.overlap import Overlapped
@@ -96,8 +97,21 @@ def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def default_guidance(config: Config) -> float:
+    """The middle one of those trained on."""
+    scales = sorted(config.method.guidance)
+    return scales[len(scales) // 2]
+
+
 def pipeline_of(config: Config) -> Pipeline:
-    return Pipeline(config.teacher.path, config.teacher.revision, config.teacher.timestep_scale)
+    teacher = config.teacher
+    return Pipeline(teacher.path, teacher.revision, teacher.timestep_scale, teacher.variant)
+
+
+def text_pipeline_of(config: Config) -> Pipeline:
+    """Where Gemma and its tokenizer lie."""
+    path, teacher = config.text.path, config.teacher
+    return Pipeline(path, variant=teacher.variant) if path else pipeline_of(config)
 
 
 def build_parts(config: Config, device: torch.device) -> Parts:
@@ -220,7 +234,7 @@ def latents_identity(config: Config) -> dict[str, Any]:
     return {
         "teacher.path": model_identity(pipeline.location, pipeline.revision, ["vae"]),
         "teacher.image_size": config.teacher.image_size,
-        "scaling_factor": pipeline.config("vae", AutoencoderDC).get("scaling_factor"),
+        "scaling_factor": pipeline.config("vae")["scaling_factor"],
     }
 
 
@@ -235,19 +249,25 @@ def build_vae(config: Config, device: torch.device) -> AutoencoderDC:
 
 def build_text(config: Config, device: torch.device) -> TextConditions:
     """With a text encoder, whether or not the configuration names a cache."""
-    text, teacher = config.text, pipeline_of(config)
     encoder: TextEncoder
-    if text.encoder == "minilm":
-        encoder = MiniLMEncoder(text.max_tokens, device)
+    if config.text.encoder == "minilm":
+        encoder = MiniLMEncoder(config.text.max_tokens, device)
+        check_text_width(config, encoder.dim)
     else:
-        encoder = load_gemma(
-            text.path or teacher.location,
-            revision=None if text.path else teacher.revision,
-            dtype=text_weights(config, device),
-            device=device,
-            max_tokens=text.max_tokens,
-        )
+        pipeline = text_pipeline_of(config)
+        check_text_width(config, pipeline.text_width())
+        dtype = text_weights(config, device)
+        encoder = load_gemma(pipeline, dtype=dtype, device=device, max_tokens=config.text.max_tokens)
     return TextConditions(encoder, config.teacher.null_mask)
+
+
+def check_text_width(config: Config, width: int) -> None:
+    """Raises UserError where the teacher takes in text states of another width."""
+    if (wanted := pipeline_of(config).config("transformer")["caption_channels"]) != width:
+        raise UserError(
+            f"text.encoder={config.text.encoder} gives states of width {width}, and the teacher {config.teacher.path}"
+            f" takes in caption_channels = {wanted}: choose the text encoder that it was trained with"
+        )
 
 
 def text_weights(config: Config, device: torch.device) -> torch.dtype:

@@ -28,6 +28,9 @@ class Teacher(Section):
 
     path: UserPath = Field(description="'emoji' (shipped), a diffusers folder, or a hub id")
     revision: str | None = None
+    variant: str | None = Field(
+        None, description="of the weights' files, such as bf16; default: the plain ones, or the only ones there are"
+    )
     architecture: Literal["sana-600m", "sana-1600m", "emoji", "tiny"] | None = Field(
         None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
     )

@@ -13,10 +13,8 @@ from tbcm.errors import UserError, command
 from tbcm.paths import path_argument
 
 EPILOG = """
-The folder loads with plain diffusers:
-  pipe = diffusers.SanaSprintPipeline.from_pretrained(OUT)
-  pipe("a red panda", num_inference_steps=1, intermediate_timesteps=None)   # its default, 1.3, is for two steps only
-A student of the emoji teacher has no Gemma: from_pretrained(OUT, text_encoder=None, tokenizer=None), and prompt_embeds.
+The folder loads with plain diffusers. The call that fits the student (its size, its guidance, and times for one step)
+is printed, and written into the folder's README.md.
 """
 
 
@@ -33,14 +31,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
     arguments = parser.parse_args()
-    from tbcm.student import export
+    from tbcm.pipeline_call import call_of
+    from tbcm.student import export, open_source
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     out: Path = arguments.out
     if os.path.lexists(out):  # a link that leads nowhere, too
         raise UserError(f"{out} exists already: choose another folder or remove it")
     export(str(arguments.run), out, dtype=dtype, average=arguments.weights == "ema")
-    print(f"wrote {out}")
+    print(f"wrote {out}; with plain diffusers:\n\n{call_of(open_source(str(out)).config, str(out), dtype)}", end="")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from tbcm.build import autocast, build_teacher, build_text, dtype_of, teacher_autocast
+from tbcm.build import autocast, build_teacher, build_text, default_guidance, dtype_of, teacher_autocast
 from tbcm.config import Config
 from tbcm.images import to_uint8
 from tbcm.method.rollout import embedded, rollout
 from tbcm.method.sampling import consistency_sample, student_times
 from tbcm.method.trigflow import time_from_flow
 from tbcm.method.types import Condition
-from tbcm.models.loading import Pipeline, decode_latents
+from tbcm.models.loading import decode_latents
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import GuidedTeacher, TextConditions
 from tbcm.runtime.distributed import pick_device
@@ -40,12 +41,6 @@ def teacher_times(steps: int, shift: float) -> Tensor:
     """A flow-Euler schedule with its shift, [steps] descending TrigFlow times (0 not included)."""
     q = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     return time_from_flow(shift * q / (1 + (shift - 1) * q)).float()
-
-
-def default_guidance(config: Config) -> float:
-    """The middle one of those trained on."""
-    scales = sorted(config.method.guidance)
-    return scales[len(scales) // 2]
 
 
 class Sampler:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tbcm.build import Parts, build_student, dtype_of, pipeline_of, switch, teacher_weights
 from tbcm.config import Config
 from tbcm.encoded import VaeLatents
-from tbcm.models.loading import FLOW_STEPS, freeze
+from tbcm.models.loading import freeze
+from tbcm.models.pipeline import FLOW_STEPS
 from tbcm.models.presets import AUTOENCODERS, GEMMA_2_2B, MINILM, SANA, compression
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import TextConditions
@@ -25,7 +26,7 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     """The parts of a run with random weights: of `teacher.architecture`, or of the teacher's own configuration."""
     name = config.teacher.architecture
     if name is None:
-        arguments = pipeline_of(config).config("transformer", SanaTransformer2DModel)
+        arguments = pipeline_of(config).config("transformer")
         scale, factor = pipeline_of(config).timestep_scale, pipeline_of(config).compression
     else:
         arguments = SANA[name]
@@ -60,7 +61,7 @@ def _random_vae(config: Config, device: torch.device) -> AutoencoderDC:
     name = config.teacher.architecture
     with torch.device(device), _default_dtype(dtype_of(config.teacher.precision, device)):
         if name is None:
-            vae = AutoencoderDC.from_config(pipeline_of(config).config("vae", AutoencoderDC))
+            vae = AutoencoderDC.from_config(pipeline_of(config).config("vae"))
         else:
             vae = AutoencoderDC(**AUTOENCODERS[name])
     return vae.eval().requires_grad_(False)

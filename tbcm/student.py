@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+from diffusers import SanaSprintPipeline, SCMScheduler
 
-from tbcm.build import build_student, pipeline_of, student_weights
+from tbcm.build import build_student, pipeline_of, student_weights, text_pipeline_of
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
 from tbcm.method.trigflow import T_MAX
-from tbcm.models.loading import Pipeline, freeze
+from tbcm.models.loading import freeze
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
+from tbcm.pipeline_call import model_card
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.files import atomic_folder
@@ -61,15 +63,13 @@ def _config_of_pipeline(path: str) -> Config:
     """For a pipeline that this package did not write: the emoji stand-in, else Sana's conventions."""
     pipeline = Pipeline(path)
     emoji = path == "emoji"
-    transformer = pipeline.config("transformer", SanaTransformer2DModel)
-    blocks = pipeline.config("vae", AutoencoderDC)["encoder_block_out_channels"]
     return parse_config(
         {
             "out": "unused",
             "teacher": {
                 "path": path,
                 "null_mask": "own" if emoji else "conditional",
-                "image_size": transformer["sample_size"] * 2 ** (len(blocks) - 1),
+                "image_size": pipeline.config("transformer")["sample_size"] * pipeline.compression,
             },
             "text": {"encoder": "minilm", "max_tokens": 16} if emoji else {},
             "method": {"guidance": [4.0]} if emoji else {},
@@ -156,14 +156,11 @@ def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torc
     with atomic_folder(out) as part:
         pipeline.save_pretrained(part)
         (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(model_card(config, str(out), dtype), encoding="utf-8")
 
 
 def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
     """Gemma and its tokenizer; None for other encoders, for which SanaSprintPipeline is to be given embeddings."""
     if source.config.text.encoder != "gemma2":
         return None, None
-    from transformers import AutoModel, AutoTokenizer
-
-    path = source.config.text.path
-    where = Pipeline(path) if path else source.pipeline
-    return where.load("tokenizer", AutoTokenizer, None), where.load("text_encoder", AutoModel, dtype)
+    return text_pipeline_of(source.config).load_text_encoder(dtype)

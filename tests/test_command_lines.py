@@ -121,7 +121,10 @@ def test_dry_run_counts_parameters_flops_and_memory(call: Run, name: str) -> Non
 def test_exported_student_is_a_sana_sprint_pipeline_with_our_latents(call: Run, finished: Path, tmp_path: Path) -> None:
     """The same latents as tbcm.sample's for the same noise in 1, 2 and 4 steps, from plain diffusers."""
     out = tmp_path / "pipeline"
-    assert call(export.main, finished, out)[0] == 0
+    code, printed, _ = call(export.main, finished, out)
+    assert code == 0
+    assert "height=64, width=64, use_resolution_binning=False" in printed
+    assert printed.split("\n\n", 1)[1] in (out / "README.md").read_text()
     assert_one_line(call(export.main, finished, out), str(out), "exists")
     pipeline = SanaSprintPipeline.from_pretrained(out, text_encoder=None, tokenizer=None)  # it was MiniLM's
     pipeline.set_progress_bar_config(disable=True)

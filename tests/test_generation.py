@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tbcm import train
 from tbcm.config import load_config
 from tbcm.generation import Sampler
-from tbcm.models.loading import Pipeline, freeze
+from tbcm.models.loading import freeze
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import TextConditions
 from tbcm.student import export, load_student, open_source

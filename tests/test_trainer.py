@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.models.loading import Pipeline
+from tbcm.models.pipeline import Pipeline
 from tbcm.rollouts import draw
 from tbcm.runtime import checkpoint
 from tbcm.trainer import Trainer

@@ -117,6 +117,12 @@ def write_teacher(folder: Path, **transformer: Any) -> Path:
     return folder
 
 
+def edit_json(file: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; None takes them out."""
+    tree = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
 def write_config(path: Path, teacher: Path, prompts: Path, out: Path, **sections: dict[str, Any]) -> Path:
     """The tiny configuration as a file that the command lines read (JSON is YAML)."""
     config = tiny_config(out, **sections).model_dump(mode="json")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from tbcm.errors import UserError
-from tbcm.runtime.seeding import stable_seed
+from tbcm.runtime.seeding import stream_bytes
 
 TEXTS = pa.large_list(pa.large_string())
 _PER_BATCH = 65_536
@@ -63,7 +63,8 @@ class PromptSource(Sequence[str]):
         entry = self._entries[index].as_py()
         if not self._lists:
             return str(entry)
-        return str(entry[stable_seed(seed, epoch, f"caption/{index}") % len(entry) if len(entry) > 1 else 0])
+        drawn = int.from_bytes(stream_bytes(seed, epoch, f"caption/{index}", 8), "little")
+        return str(entry[drawn % len(entry)])
 
     def digest(self) -> str:
         """Tells these texts, and their order, from others. Takes a second for a million."""

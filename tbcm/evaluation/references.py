@@ -49,8 +49,8 @@ class Mjhq:
         self._size = size
         if missing := [file for file in self._files if not is_file(file)]:
             raise UserError(
-                f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is {str(missing[0])[:500]};"
-                " unpack MJHQ-30k's images beside its metadata"
+                f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is"
+                f" {str(missing[0])[:500]}; unpack MJHQ-30k's images beside its metadata"
             )
 
     def __len__(self) -> int:

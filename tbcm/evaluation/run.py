@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tbcm.build import default_guidance
 from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
 from tbcm.data.prompts import load_prompts
@@ -27,7 +28,6 @@ from tbcm.evaluation.report import facts
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import sha256
 from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
-from tbcm.generation import default_guidance
 from tbcm.runtime import distributed
 
 DEFAULT_IMAGES = 2000

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tbcm
 from tbcm.config import Config
-from tbcm.models.loading import Pipeline
+from tbcm.models.pipeline import Pipeline
 from tbcm.runtime.files import atomic_path
 
 Tensors = dict[str, Tensor]

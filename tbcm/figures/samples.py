@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from tbcm.build import default_guidance
 from tbcm.errors import UserError
 from tbcm.figures import style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, choose_prompts, is_student, open_teacher, teacher_config
-from tbcm.generation import Sampler, default_guidance, open_sampler
+from tbcm.generation import Sampler, open_sampler
 from tbcm.student import PIPELINE_CONFIG, open_source
 
 logger = logging.getLogger(__name__)

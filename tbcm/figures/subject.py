@@ -11,13 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbcm.build import build_black_latent, build_prompts, build_teacher, build_text, pipeline_of
+from tbcm.build import (
+    build_black_latent,
+    build_prompts,
+    build_teacher,
+    build_text,
+    default_guidance,
+    pipeline_of,
+)
 from tbcm.config import Config, Data, Route, load_config
 from tbcm.errors import UserError
-from tbcm.generation import NoiseSource, Sampler, default_guidance, teacher_times
+from tbcm.generation import NoiseSource, Sampler, teacher_times
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
-from tbcm.models.loading import Pipeline
+from tbcm.models.pipeline import Pipeline
 from tbcm.rollouts import draw_route
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator

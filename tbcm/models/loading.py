@@ -1,12 +1,8 @@
-"""Teachers from diffusers folders or hub ids, students from teachers, and students back to diffusers folders."""
+"""Teachers from pipelines, students from teachers, and what a VAE makes of images."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
-from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,98 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
+from tbcm.models.architecture import defaults_of
 from tbcm.models.identity import key_of_model, model_identity
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
-
-FLOW_STEPS = 1000
-"""diffusers' schedulers count flow-matching time from 0 to 1,000."""
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """A diffusers pipeline folder or hub id: what is in it, without loading it. `path` 'emoji' is the shipped one."""
-
-    path: str
-    revision: str | None = None
-    given_timestep_scale: float | None = None
-
-    @cached_property
-    def location(self) -> str:
-        if self.path == "emoji":
-            return str(resources.files("tbcm.emoji") / "assets" / "teacher")
-        if Path(self.path).exists() or self.path.startswith((".", "/", "~")):
-            return str(Path(self.path).expanduser())
-        return self.path  # a hub id
-
-    @cached_property
-    def index(self) -> dict[str, Any]:
-        """model_index.json. Raises UserError where there is none."""
-        from diffusers import DiffusionPipeline
-
-        local = Path(self.location)
-        try:
-            if local.is_dir():
-                index: dict[str, Any] = json.loads((local / "model_index.json").read_text(encoding="utf-8"))
-            else:
-                index = dict(DiffusionPipeline.load_config(self.location, revision=self.revision))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path}: no diffusers pipeline there (model_index.json: {_first_line(error)});"
-                " give a folder that diffusers' save_pretrained wrote, or a hub id that can be reached"
-            ) from None
-        return index
-
-    def config(self, part: str, cls: Any) -> dict[str, Any]:
-        try:
-            return dict(cls.load_config(self.location, subfolder=part, revision=self.revision))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: no readable {part}/config.json ({_first_line(error)})") from None
-
-    def load(self, part: str, cls: Any, dtype: torch.dtype | None) -> Any:
-        """`cls.from_pretrained` of one part; a missing or damaged file becomes a UserError."""
-        options = {} if dtype is None else {"torch_dtype": dtype}
-        try:
-            return cls.from_pretrained(self.location, subfolder=part, revision=self.revision, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{self.path}: cannot load {part}/ ({_first_line(error)})") from None
-
-    @cached_property
-    def timestep_scale(self) -> float:
-        """What the transformer is given at flow-matching time s, divided by s.
-
-        SanaPipeline passes scheduler times (up to 1,000) times the transformer's timestep_scale; SanaSprintPipeline
-        passes s itself and ignores that key.
-        """
-        if self.given_timestep_scale is not None:
-            return self.given_timestep_scale
-        if self.index.get("_class_name") == "SanaSprintPipeline":
-            return 1.0
-        return FLOW_STEPS * float(self.config("transformer", SanaTransformer2DModel).get("timestep_scale", 1.0))
-
-    @cached_property
-    def compression(self) -> int:
-        """Pixels per latent, along one side."""
-        return int(2 ** (len(self.config("vae", AutoencoderDC)["encoder_block_out_channels"]) - 1))
-
-    @cached_property
-    def sampling_shift(self) -> float:
-        """The shift of the folder's flow-matching scheduler (1 where it has none)."""
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = self.config("scheduler", FlowMatchEulerDiscreteScheduler)
-        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
-
-    def load_transformer(self, dtype: torch.dtype) -> SanaTransformer2DModel:
-        transformer = self.index.get("transformer")
-        if not isinstance(transformer, list) or transformer[-1] != "SanaTransformer2DModel":
-            raise UserError(
-                f"{self.path}: its transformer is {transformer[-1] if isinstance(transformer, list) else 'missing'};"
-                " supported: SanaTransformer2DModel"
-            )
-        return self.load("transformer", SanaTransformer2DModel, dtype)
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderDC:
-        return self.load("vae", AutoencoderDC, dtype).eval().requires_grad_(False)
+from tbcm.models.weights import first_line
 
 
 def freeze(net: nn.Module) -> nn.Module:
@@ -137,7 +46,8 @@ def student_from_teacher(
     Raises:
         UserError: another scale for a teacher that embeds guidance itself.
     """
-    config = {key: value for key, value in teacher.backbone.config.items() if not key.startswith("_")}
+    known = defaults_of(SanaTransformer2DModel)  # of what a file says beyond it, diffusers keeps a record
+    config = {key: value for key, value in teacher.backbone.config.items() if key in known}
     if guidance_embeds_scale is not None:
         if config["guidance_embeds"] and guidance_embeds_scale != config["guidance_embeds_scale"]:
             raise UserError(
@@ -190,8 +100,9 @@ def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torc
             try:
                 stored = load_file(file)
             except SafetensorError as error:
-                raise UserError(f"{file}: damaged ({_first_line(error)}); delete it to have it made again") from None
+                raise UserError(f"{file}: damaged ({first_line(error)}); delete it to have it made again") from None
             if key in stored:
+                _check_latent(stored[key], pipeline, image_size, file)
                 return stored[key].to(device)
     encoder = pipeline.load_vae(torch.float32).to(device)
     black = encode_images(encoder, -torch.ones(1, 3, image_size, image_size, device=device))[0]
@@ -200,5 +111,8 @@ def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torc
     return black
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _check_latent(latent: Tensor, pipeline: Pipeline, image_size: int, file: Path) -> None:
+    side = image_size // pipeline.compression
+    shape = [pipeline.config("vae")["latent_channels"], side, side]
+    if list(latent.shape) != shape or latent.dtype != torch.float32:
+        raise UserError(f"{file}: {list(latent.shape)} in {latent.dtype} should be {shape} in torch.float32; delete it")

@@ -78,7 +78,8 @@ class SanaTrigFlow(nn.Module):
         backbone.transformer_blocks = nn.ModuleList(
             SanaBlock(block, explicit=differentiable) for block in backbone.transformer_blocks
         )
-        self.logvar_head = nn.Linear(backbone.scale_shift_table.shape[1], 1) if logvar else None
+        table = backbone.scale_shift_table
+        self.logvar_head = nn.Linear(table.shape[1], 1, device=table.device) if logvar else None
         if self.logvar_head is not None:
             nn.init.zeros_(self.logvar_head.weight)
             nn.init.zeros_(self.logvar_head.bias)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
+from tbcm.models.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -126,34 +127,21 @@ class GemmaEncoder:
 
 
 def load_gemma(
-    path_or_hub_id: str,
+    pipeline: Pipeline,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     instruction: Sequence[str] | None = None,
     max_tokens: int = 300,
-    revision: str | None = None,
-    tokenizer_subfolder: str = "tokenizer",
-    model_subfolder: str = "text_encoder",
 ) -> GemmaEncoder:
-    """Load the encoder of a diffusers folder or hub id of a SanaPipeline or SanaSprintPipeline.
+    """Load the encoder of a SanaPipeline or SanaSprintPipeline.
 
     `instruction` None means the published one (`sana_instruction`); an empty sequence means none.
 
     Raises:
-        UserError: the tokenizer or the model is missing, or cannot be downloaded.
+        UserError: the tokenizer or the model is missing, damaged, no Gemma-2, or cannot be downloaded.
     """
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, subfolder=tokenizer_subfolder, revision=revision)
-        model = AutoModel.from_pretrained(path_or_hub_id, subfolder=model_subfolder, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no text encoder in {path_or_hub_id!r}: give a diffusers folder or hub id with"
-            f" {tokenizer_subfolder}/ and {model_subfolder}/ ({reason})"
-        ) from error
+    tokenizer, model = pipeline.load_text_encoder(dtype)
     lines = sana_instruction() if instruction is None else instruction
     return GemmaEncoder(tokenizer, _frozen(model, device), lines, max_tokens)
 

@@ -18,7 +18,7 @@ from tbcm.evaluation import emoji
 from tbcm.evaluation.distances import fid, kid, split
 from tbcm.evaluation.emoji import TEACHER_SEED as SEED
 from tbcm.evaluation.emoji import EmojiJudge, middle, spread
-from tbcm.models.loading import Pipeline
+from tbcm.models.pipeline import Pipeline
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "pink", "gray")
 COUNT = 4 * len(COLOURS)

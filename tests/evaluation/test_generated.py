@@ -13,7 +13,8 @@ from torch import Tensor
 import tbcm
 from tbcm.evaluation.generated import Generated, read
 from tbcm.generation import Sampler
-from tbcm.models.loading import Pipeline, freeze
+from tbcm.models.loading import freeze
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import TextConditions
 

@@ -6,7 +6,7 @@ import torch
 from tiny import write_teacher
 
 from tbcm.evaluation.stored import Tensors, fingerprint, stored
-from tbcm.models.loading import Pipeline
+from tbcm.models.pipeline import Pipeline
 
 
 class Maker:

@@ -42,3 +42,8 @@ def test_a_teacher_that_embeds_guidance_keeps_its_scale() -> None:
     assert student_from_teacher(teacher("guidance"), guidance_embeds_scale=0.1).guidance_scale == 0.1
     with pytest.raises(UserError, match=r"student\.guidance_embeds_scale = 1: the teacher embeds guidance itself"):
         student_from_teacher(teacher("guidance"), guidance_embeds_scale=1.0)
+
+
+def test_a_student_is_on_its_teachers_device() -> None:
+    student = student_from_teacher(teacher("plain").to("meta"))
+    assert {tensor.device.type for tensor in (*student.parameters(), *student.buffers())} == {"meta"}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SanaPipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from tbcm.errors import UserError
+from tbcm.models.pipeline import Pipeline
 from tbcm.models.text import GemmaEncoder, MiniLMEncoder, encode_null, load_gemma, sana_instruction
 
 PROMPTS = ["A Red Panda ", "", "a photo of a cat sitting on a tree, " * 3]
@@ -20,38 +20,6 @@ INSTRUCTION = ["Describe with care:", "User Prompt: "]
 @pytest.fixture(scope="module")
 def minilm() -> MiniLMEncoder:
     return MiniLMEncoder()
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte a token, <bos> in front, like Gemma's none at the end."""
-    specials = ["<pad>", "<bos>", "<unk>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
-    )
-
-
-@pytest.fixture(scope="module")
-def gemma() -> Gemma2Model:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=32,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    return Gemma2Model(config).eval()
 
 
 def test_minilm_shapes_types_and_padding(minilm: MiniLMEncoder) -> None:
@@ -165,17 +133,17 @@ def test_load_gemma_reads_a_diffusers_folder(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     gemma.save_pretrained(tmp_path / "text_encoder")
-    loaded = load_gemma(str(tmp_path), dtype=torch.float32, max_tokens=20)
+    loaded = load_gemma(Pipeline(str(tmp_path)), dtype=torch.float32, max_tokens=20)
     expected = GemmaEncoder(tokenizer, gemma, sana_instruction(), 20)
     assert torch.equal(loaded.encode(PROMPTS)[0], expected.encode(PROMPTS)[0])
     assert not any(p.requires_grad for p in loaded.model.parameters())
-    plain = load_gemma(str(tmp_path), dtype=torch.float32, max_tokens=20, instruction=())
+    plain = load_gemma(Pipeline(str(tmp_path)), dtype=torch.float32, max_tokens=20, instruction=())
     assert torch.equal(plain.encode(PROMPTS)[0], expected.encode(PROMPTS, instruct=False)[0])
 
 
 def test_load_gemma_without_an_encoder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="text_encoder/") as caught:
-        load_gemma(str(tmp_path))
+        load_gemma(Pipeline(str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

@@ -1,0 +1,195 @@
+"""A diffusers pipeline, as a folder or on a hub: what is in it, and its parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+
+from tbcm.errors import UserError
+from tbcm.models.architecture import (
+    Autoencoder,
+    Facts,
+    FlowScheduler,
+    Gemma,
+    SanaTransformer,
+    check_config,
+    check_facts,
+    short,
+)
+from tbcm.models.json_files import read_json
+from tbcm.models.weights import check_files, choose_variant, first_line, guarded, load_weights
+
+FLOW_STEPS = 1000
+"""diffusers' schedulers count flow-matching time from 0 to 1,000."""
+
+_MODELS: dict[str, tuple[Any, type[Facts]]] = {
+    "transformer": (SanaTransformer2DModel, SanaTransformer),
+    "vae": (AutoencoderDC, Autoencoder),
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers pipeline folder or hub id: what is in it, without loading it. `path` 'emoji' is the shipped one;
+    `variant` is of its weights' files (such as bf16), None the plain ones or the only ones there are."""
+
+    path: str
+    revision: str | None = None
+    given_timestep_scale: float | None = None
+    variant: str | None = None
+
+    @cached_property
+    def location(self) -> str:
+        if self.path == "emoji":
+            return str(resources.files("tbcm.emoji") / "assets" / "teacher")
+        if os.path.exists(self.path) or self.path.startswith((".", "/", "~")):  # noqa: PTH110 - no error for any path
+            return os.path.expanduser(self.path)  # noqa: PTH111
+        return self.path  # a hub id
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json. Raises UserError where there is none."""
+        return self._read(
+            "model_index.json",
+            "no diffusers pipeline there",
+            "give a folder that diffusers' save_pretrained wrote, or a hub id that can be reached",
+        )
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of the transformer or the VAE, with the defaults of what it leaves out.
+
+        Raises:
+            UserError: it cannot be read, or says what is not supported.
+        """
+        cls, facts = _MODELS[part]
+        name = f"{part}/config.json"
+        return check_config(self._read(name, f"no readable {name}"), facts, cls, self._named(name))
+
+    @cached_property
+    def timestep_scale(self) -> float:
+        """What the transformer is given at flow-matching time s, divided by s.
+
+        SanaPipeline passes scheduler times (up to 1,000) times the transformer's timestep_scale; SanaSprintPipeline
+        passes s itself and ignores that key.
+        """
+        if self.given_timestep_scale is not None:
+            return self.given_timestep_scale
+        if self.index.get("_class_name") == "SanaSprintPipeline":
+            return 1.0
+        return FLOW_STEPS * float(self.config("transformer")["timestep_scale"])
+
+    @cached_property
+    def compression(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.config("vae")["encoder_block_out_channels"]) - 1))
+
+    @cached_property
+    def sampling_shift(self) -> float:
+        """The shift of the folder's flow-matching scheduler (1 where it has none)."""
+        name = "scheduler/scheduler_config.json"
+        scheduler = self._read(name, f"no readable {name}")
+        check_facts(scheduler, FlowScheduler, self._named(name))
+        return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+
+    def load_transformer(self, dtype: torch.dtype) -> SanaTransformer2DModel:
+        """Raises UserError where it, or the VAE and the scheduler beside it, are not supported."""
+        self._check_class("transformer")
+        channels = self.config("transformer")["in_channels"]
+        if self._has("vae"):
+            self._check_class("vae")
+            if (latent := self.config("vae")["latent_channels"]) != channels:
+                raise UserError(
+                    f"{self.path}: its VAE has latent_channels = {latent}, its transformer in_channels = {channels}:"
+                    " they should be the same"
+                )
+        if self._has("scheduler"):
+            _ = self.sampling_shift
+        return self._load("transformer", SanaTransformer2DModel, dtype)
+
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderDC:
+        self._check_class("vae")
+        self.config("vae")
+        return self._load("vae", AutoencoderDC, dtype).eval().requires_grad_(False)
+
+    def text_width(self) -> int:
+        """Of the text encoder's states, from its configuration. Raises UserError where it is no Gemma-2."""
+        name = "text_encoder/config.json"
+        config = self._read(name, "no text encoder there", "give a diffusers folder or hub id that has one")
+        check_facts(config, Gemma, self._named(name))
+        return int(config["hidden_size"])
+
+    def load_text_encoder(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Gemma's tokenizer and model."""
+        from transformers import AutoModel, AutoTokenizer
+
+        self.text_width()
+        tokenizer = guarded(
+            lambda: AutoTokenizer.from_pretrained(self.location, subfolder="tokenizer", revision=self.revision),
+            f"{self.path}: tokenizer/",
+        )
+        return tokenizer, self._load("text_encoder", AutoModel, dtype)
+
+    def _load(self, part: str, cls: Any, dtype: torch.dtype) -> Any:
+        where, folder = self._named(part), Path(self.location, part)
+        variant = choose_variant(self._names(part), self.variant, where, strict=part == "transformer")
+        if folder.is_dir():
+            check_files(folder, variant)
+        return load_weights(cls, self.location, part, dtype, where, revision=self.revision, variant=variant)
+
+    def _names(self, part: str) -> Collection[str]:
+        """Of the part's files; none where they cannot be listed."""
+        if self._is_local:
+            folder = Path(self.location, part)
+            return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            files = HfApi().list_repo_files(self.location, revision=self.revision)
+        except Exception:  # out of reach: what was downloaded before
+            try:
+                cached = Path(snapshot_download(self.location, revision=self.revision, local_files_only=True))
+            except Exception:
+                return []
+            files = [path.relative_to(cached).as_posix() for path in cached.rglob("*")]
+        return [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+
+    def _read(self, name: str, missing: str, advice: str = "") -> dict[str, Any]:
+        advice = f"; {advice}" if advice else ""
+        if self._is_local:
+            file = Path(self.location, name)
+            if not os.path.isfile(file):  # noqa: PTH113
+                raise UserError(f"{self.path}: {missing} (there is no file {name}){advice}")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            try:
+                file = Path(hf_hub_download(self.location, name, revision=self.revision))
+            except Exception as error:
+                raise UserError(f"{self.path}: {missing} ({name}: {first_line(error)}){advice}") from None
+        return read_json(file, self._named(name))
+
+    @property
+    def _is_local(self) -> bool:
+        return os.path.isdir(self.location) or self.location.startswith((".", "/", "~"))  # noqa: PTH112
+
+    def _named(self, name: str) -> str:
+        return str(Path(self.location, name)) if self._is_local else f"{self.path}: {name}"
+
+    def _has(self, part: str) -> bool:
+        """Whether the index gives a class for it."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and len(entry) > 0 and entry[-1] is not None
+
+    def _check_class(self, part: str) -> None:
+        wanted = _MODELS[part][0].__name__
+        found = self.index[part][-1] if self._has(part) else None
+        if found != wanted:
+            raise UserError(f"{self.path}: its {part} is {short(found) if found else 'missing'}; supported: {wanted}")
