@@ -294,6 +294,7 @@ def build_cached_text(config: Config, prompts: PromptSource, device: torch.devic
     assert config.text.cache is not None
     encoder = CachedEncoder(config.text.cache, device)
     encoder.check(distributed.run_on_main(lambda: {**text_identity(config), "data.prompts": prompts.digest()}))
+    check_text_width(config, encoder.dim)
     if unknown := [prompt for prompt in config.log.preview_prompts if prompt not in encoder]:
         raise UserError(f"log.preview_prompts: {unknown[0]!r} is not in text.cache={config.text.cache}; take it out")
     return TextConditions(encoder, config.teacher.null_mask)

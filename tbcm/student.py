@@ -51,7 +51,7 @@ def open_source(path: str) -> Source:
     if (folder / PIPELINE_CONFIG).is_file():
         config = load_config(folder / PIPELINE_CONFIG)
         # The folder has everything: what its configuration calls the teacher's is here.
-        teacher = config.teacher.model_copy(update={"path": path, "revision": None})
+        teacher = config.teacher.model_copy(update={"path": path, "revision": None, "variant": None})
         text = config.text.model_copy(update={"path": None})
         return Source(path, config.model_copy(update={"teacher": teacher, "text": text}), is_run=False)
     if folder.is_dir() and not (folder / "model_index.json").is_file():

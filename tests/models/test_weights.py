@@ -14,10 +14,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, write_teacher
+from tiny import edit_json, tiny_config, write_teacher
 from torch import Tensor
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
+from tbcm.build import build_text
 from tbcm.errors import UserError
 from tbcm.models.loading import load_teacher
 from tbcm.models.pipeline import Pipeline
@@ -120,6 +121,14 @@ def test_weights_in_fp8_are_rounded_ones_and_quantised_ones_are_refused(folder: 
 def test_a_text_encoder_of_another_kind_is_refused(folder: Path) -> None:
     edit_json(folder / "text_encoder" / "config.json", model_type="t5")
     assert "model_type = 't5'" in refused(folder, "text_encoder")
+
+
+def test_a_text_encoder_of_another_width_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    teacher = {"path": str(folder), "null_mask": "own", "image_size": 64}
+    config = tiny_config(tmp_path / "run", teacher=teacher, text={"encoder": "gemma2"})
+    with pytest.raises(UserError, match=r"states of width 16, and the teacher .* takes in caption_channels = 384"):
+        build_text(config, CPU)
 
 
 # Files
