@@ -124,7 +124,8 @@ def text_fields(model: type, prefix: str = "") -> list[str]:
 
 def test_every_field_of_text_is_known_as_a_path_or_as_none() -> None:
     """A new field has to be put into one of these lists, and one that is a path to be a `UserPath`."""
-    assert {*text_fields(Config)} == {*FIELDS, "teacher.revision", "data.column", "data.caption_column"}
+    others = "teacher.revision", "teacher.variant", "data.column", "data.caption_column"
+    assert {*text_fields(Config)} == {*FIELDS, *others}
 
 
 @pytest.mark.parametrize("key", FIELDS)

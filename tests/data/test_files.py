@@ -117,7 +117,7 @@ def test_what_is_no_data() -> None:
     for content, word in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (archive.getvalue(), "zip"),
-        (gzip.compress(b"a"), "gzip"),
+        (gzip.compress(b"a", mtime=0), "gzip"),
         (bz2.compress(b"a"), "bzip2"),
         (lzma.compress(b"a"), "xz"),
         (b"\xef\xbb\xbf\n <!DOCTYPE HTML>\n", "web page"),
