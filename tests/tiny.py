@@ -68,9 +68,9 @@ class TinyLatents:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def latents(self, indices: Sequence[int]) -> Tensor:
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
         made = [torch.Generator().manual_seed(seed_of(self.captions[i])) for i in indices]
-        return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in made])
+        return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in made]), list(indices)
 
 
 def seed_of(text: str) -> int:
