@@ -59,7 +59,7 @@ def _cleaned_file(path: str | Path, column: str, folder: Path) -> Path:
         if not is_file(file):
             raise UserError(f"{file}: no such prompt file")
         kind_of(file)
-    hashed = hashlib.sha256(os.fsencode(column))
+    hashed = hashlib.sha256(column.encode(errors="surrogatepass"))
     for file in files:
         stat = file.stat()
         hashed.update(b"%s %d %d " % (os.fsencode(file.resolve()), stat.st_size, stat.st_mtime_ns))

@@ -123,8 +123,8 @@ class Kind:
     def _check_size(self, path: Path, size: int) -> None:
         try:
             actual = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; {self.again}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{path}: {reason(error)}; {self.again}") from None
         if actual != size:
             raise UserError(f"{path}: damaged, it has {actual:,} bytes and not {size:,}; {self.again}")
 

@@ -203,6 +203,14 @@ def test_a_manifest_that_is_none(tmp_path: Path, manifest: str, words: str) -> N
         PrecomputedLatents(tmp_path)
 
 
+def test_a_manifest_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    write(tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    path.write_text(path.read_text().replace("latents-00001", "latents-\\ud800"))
+    with one_line(r"surrogates not allowed; run tbcm.encode_images again"):
+        PrecomputedLatents(tmp_path / "c")
+
+
 def test_a_header_that_is_damaged_is_found_when_it_is_read(tmp_path: Path) -> None:
     write(tmp_path / "c")
     path = tmp_path / "c" / "latents-00001.safetensors"
