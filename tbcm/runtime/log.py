@@ -55,9 +55,8 @@ def log_to_file(folder: str | os.PathLike[str]) -> None:
     path = Path(folder) / "logs" / f"rank-{rank:05d}.log"
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(
-            path, encoding="utf-8", errors="backslashreplace"
-        )  # names of files may be any bytes
+        # Names of files may be any bytes.
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} ({host}) %(levelname)s %(message)s"))
     logger.addHandler(handler)
     file_logger.addHandler(handler)
