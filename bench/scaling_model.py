@@ -197,7 +197,7 @@ def work_of(config: Config) -> Work:
         with CostCounter() as counter, _FlopsByPhase(counter) as phases:
             trainer.train_step()
     flops = phases.seconds
-    blocks = [list(block.parameters()) for block in trainer.student.backbone.transformer_blocks]
+    blocks = [list(block.parameters()) for block in trainer.student.blocks]
     inside = {id(weight) for block in blocks for weight in block}
     outside = [weight for weight in trainer.student.parameters() if id(weight) not in inside]
     points = trainer.source.samples_per_prompt

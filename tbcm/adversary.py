@@ -16,7 +16,6 @@ from tbcm.method.sprint import adversarial_times, discriminator_loss, student_lo
 from tbcm.method.trigflow import renoise, rotate
 from tbcm.method.types import Condition, Network
 from tbcm.models.discriminator import DiscriminatorHeads, spread_layers
-from tbcm.models.sana import SanaTrigFlow
 from tbcm.rollouts import Batch
 from tbcm.runtime import distributed
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
@@ -89,7 +88,7 @@ class Adversary:
 
     def __init__(
         self,
-        teacher: SanaTrigFlow,
+        teacher: Network,
         autocast: Callable[[], AbstractContextManager[object]],
         method: Method,
         *,
@@ -101,11 +100,10 @@ class Adversary:
     ) -> None:
         self.teacher, self.autocast, self.method = teacher, autocast, method
         self.t_max, self.seed, self.images, self.parts = t_max, seed, images, parts
-        a, backbone = method.adversary, self.teacher.backbone
-        blocks = backbone.transformer_blocks
-        self.layers = spread_layers(len(blocks)) if a.layers is None else sorted(a.layers)
+        a = method.adversary
+        self.layers = spread_layers(len(teacher.blocks)) if a.layers is None else sorted(a.layers)
         with seeded(device, seed, "discriminator"), torch.device(device):
-            self.heads = DiscriminatorHeads(backbone.scale_shift_table.shape[1], len(self.layers))
+            self.heads = DiscriminatorHeads(teacher.width, len(self.layers))
         self.wrapped = parallelize(self.heads, (), "ddp", None, device)
         self.optimizer = build_optimizer(a.optimizer, self.heads.parameters(), lr=a.lr)
         self._shown: tuple[Batch, AdversarialDraws, list[Tensor]] | None = None
@@ -168,6 +166,5 @@ class Adversary:
             return self.teacher.features(x / sigma_data, s, condition, guidance, self.layers)
 
     def _scores(self, heads: torch.nn.Module, features: list[Tensor], latent: Sequence[int]) -> Tensor:
-        patch = self.teacher.backbone.config.patch_size
         with torch.autocast(features[0].device.type, enabled=False):
-            return heads(features, (latent[0] // patch, latent[1] // patch))
+            return heads(features, self.teacher.grid(*latent))

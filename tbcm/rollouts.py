@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +13,10 @@ from torch import Tensor
 from tbcm.config import Method, Route
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.method.brightness import keep_mask
-from tbcm.method.rollout import Velocity, embedded, guided, rollout
+from tbcm.method.rollout import Velocity, embedded, rollout
 from tbcm.method.route import logit_normal_route, random_route, reference_route
 from tbcm.method.tbcm import first_training_point
-from tbcm.method.types import Condition, Trajectory
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.method.types import Condition, Network, Trajectory
 from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.graphs import Graphed
@@ -76,14 +75,24 @@ def draw_route(route: Route, routes: int, t_max: float, sigma_data: float, sourc
     return reference_route(uniform, t_max, shift=route.shift, train_timesteps=route.train_timesteps)
 
 
+class Text(Protocol):
+    """Prompts -> Condition, and the unconditional branch's `null_prompt` (one prompt; None: there is no such branch)
+    with the rule for its mask: "own", or "conditional", the prompt's."""
+
+    null_prompt: Condition | None
+    null_mask: str
+
+    def __call__(self, prompts: list[str]) -> Condition: ...
+
+
 class TextConditions:
-    """Prompts -> Condition, and the unconditional branch's `null_prompt` (one prompt) with the rule for its mask."""
+    """`Text` of an encoder of states and mask."""
 
     def __init__(self, encoder: TextEncoder, null_mask: str) -> None:
         self.encoder = encoder
         self.null_mask = null_mask
         embeds, mask = encode_null(encoder)
-        self.null_prompt = Condition({"embeds": embeds, "mask": mask})
+        self.null_prompt: Condition | None = Condition({"embeds": embeds, "mask": mask})
 
     def __call__(self, prompts: list[str]) -> Condition:
         embeds, mask = self.encoder.encode(prompts)
@@ -95,10 +104,11 @@ class GuidedTeacher:
     distilled with one. Keys and values of the null prompt are projected here, once a run."""
 
     def __init__(
-        self, net: SanaTrigFlow, text: TextConditions, autocast: Callable[[], AbstractContextManager[object]]
+        self, net: Network, text: Text, autocast: Callable[[], AbstractContextManager[object]]
     ) -> None:
         self.net, self.null_mask, self.autocast = net, text.null_mask, autocast
-        self._null = self.prepare(text.null_prompt) if net.guidance_scale is None else None
+        null = None if net.embeds_guidance else text.null_prompt
+        self._null = None if null is None else self.prepare(null)
 
     def prepare(self, condition: Condition) -> Condition:
         """Keys and values of P prompts, to be used at any number of points."""
@@ -112,7 +122,7 @@ class GuidedTeacher:
         null = self._null.expand(len(prepared))
         if self.null_mask == "conditional":
             null = Condition({**null.tensors, "mask": prepared.tensors["mask"]})
-        return self._in_precision(guided(self.net, prepared, null))
+        return self._in_precision(self.net.guided(prepared, null, guidance))
 
     def _in_precision(self, velocity: Velocity) -> Velocity:
         def answer(u: Tensor, t: Tensor) -> Tensor:
@@ -148,7 +158,7 @@ class TeacherRollouts:
     def __init__(
         self,
         teacher: GuidedTeacher,
-        text: TextConditions,
+        text: Text,
         prompts: Sequence[str],
         black: Tensor,
         *,
@@ -162,7 +172,7 @@ class TeacherRollouts:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
         self.method, self.t_max, self.seed = method, t_max, seed
         self.prompts_per_step = prompts_per_step
-        self._follow = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else self._trajectory
+        self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else None
         self.parts = local_parts(prompts_per_step, prompts_per_rollout)
         self.batches = len(self.parts)
         self.first_point = first_training_point(t_max)
@@ -186,15 +196,18 @@ class TeacherRollouts:
         route = draws.route.expand(len(prompts), -1)
         start = {"start": draws.noise * sigma_data, "route": route, "guidance": draws.guidance}
         with phase("teacher"):
-            x, dxdt, x0 = self._follow({**start, **self.teacher.prepare(condition).tensors})
+            prepared = self.teacher.prepare(condition)
+            tensors = {**start, **prepared.tensors}
+            x, dxdt, x0 = self._graph(tensors) if self._graph else self._trajectory(tensors, prepared.static)
         trajectory = Trajectory(x, dxdt, route, x0, draws.guidance)
         keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
         return Batch(trajectory, condition, keep)
 
-    def _trajectory(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _trajectory(self, tensors: Mapping[str, Tensor], static: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
         """x, dx/dt and x_0, a function of tensors alone so that it can be captured in a CUDA graph."""
         start, route, guidance = (tensors[name] for name in ("start", "route", "guidance"))
-        prepared = Condition({name: tensors[name] for name in tensors if name not in ("start", "route", "guidance")})
+        known = {name: tensors[name] for name in tensors if name not in ("start", "route", "guidance")}
+        prepared = Condition(known, static or {})
         velocity = self.teacher.velocity(prepared, guidance)
         trajectory = rollout(velocity, start, route, guidance, self.method.sigma_data)
         return trajectory.x, trajectory.dxdt, trajectory.x0

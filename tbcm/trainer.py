@@ -52,7 +52,7 @@ class Trainer:
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
         self.source = build_source(config, device, parts)
-        self.blocks = self.student.backbone.transformer_blocks
+        self.blocks = self.student.blocks
         self.wrapped = parallelize(self.student, self.blocks, config.parallel.mode, config.parallel.shard, device)
         self.dtype = dtype_of(config.student.precision, device)
         o, e, r = config.optimizer, config.ema, config.method.r

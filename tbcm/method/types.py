@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,12 +83,28 @@ class Prediction:
 
 
 class Network(Protocol):
-    """A network in TrigFlow coordinates: teacher, student and EMA student alike.
+    """A network in TrigFlow coordinates: teacher, student and EMA student alike. It is all that training, sampling and
+    the adversary ask of a backbone.
 
     `u` [B, C, H, W] is x_t / sigma_data and `t` [B] the TrigFlow time, both fp32; `guidance` [B] the raw scale w, for
     networks that embed it. With `tangents` = (du [B, C, H, W], dt [B]) the prediction carries
     dF = (dF/du) du + (dF/dt) dt.
     """
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether it takes the guidance scale in; else guidance needs both branches."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """Modules, in order, that are sharded, checkpointed and looked into one by one."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of the tokens after a block."""
+        ...
 
     def __call__(
         self,
@@ -98,3 +114,22 @@ class Network(Protocol):
         guidance: Tensor | None = None,
         tangents: tuple[Tensor, Tensor] | None = None,
     ) -> Prediction: ...
+
+    def prepare(self, condition: Condition) -> Condition:
+        """What of P prompts can be computed once, for a frozen network that is called many times with them."""
+        ...
+
+    def guided(self, condition: Condition, null: Condition, guidance: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """(u, t) -> F under classifier-free guidance [P]; F has P rows, or 2 P: both branches, null first, for the
+        caller to combine linearly."""
+        ...
+
+    def features(
+        self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None, layers: Sequence[int]
+    ) -> list[Tensor]:
+        """Tokens [B, T, width] of the image after the blocks `layers`, with a graph to u."""
+        ...
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens, for latents of this size."""
+        ...

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.method.formulation import Formulation
+from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import per_sample
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
@@ -129,23 +130,34 @@ class DiffusersNetwork(nn.Module):
         F, _, logvar = self._run(u, t, condition, guidance, None)
         return Prediction(F, dF, logvar)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens, for latents of this size."""
+        sizes = self.backbone.config
+        patch = sizes.get("patch_size") or sizes.get("all_patch_size") or 1
+        patch = patch if isinstance(patch, int) else patch[-1]
+        patch = max(patch, self.family.layout.patch)
+        return height // patch, width // patch
+
     def prepare(self, condition: Condition) -> Condition:
         """Nothing of a prompt can be computed before the network sees the image, in general."""
         return condition
 
-    @torch.no_grad()
-    def guided(self, u: Tensor, t: Tensor, condition: Condition, null: Condition, guidance: Tensor) -> Tensor:
-        """F [P, C, H, W] with classifier-free guidance, combined as the pipeline does it, on the network's own answers.
+    def guided(self, condition: Condition, null: Condition, guidance: Tensor) -> Velocity:
+        """Classifier-free guidance, combined as the pipeline does it, on the network's own answers.
 
         `condition` and `null` lead with P, `guidance` is [P].
         """
         both = _in_one_batch(null, condition)
-        if both is None:
-            without, given = (self.answer(u, t, part, None) for part in (null, condition))
-        else:
-            without, given = self.answer(torch.cat([u, u]), torch.cat([t, t]), both, None).chunk(2)
-        w = per_sample(guidance, given).to(given.dtype)
-        return self._trigflow(u, t, self.family.combine(without, given, w))
+
+        def velocity(u: Tensor, t: Tensor) -> Tensor:
+            if both is None:
+                without, given = (self.answer(u, t, part, None) for part in (null, condition))
+            else:
+                without, given = self.answer(torch.cat([u, u]), torch.cat([t, t]), both, None).chunk(2)
+            w = per_sample(guidance, given).to(given.dtype)
+            return self._trigflow(u, t, self.family.combine(without, given, w))
+
+        return velocity
 
     def answer(self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
         """What the backbone itself says of B samples: a tensor in its own layout (a list stacked)."""

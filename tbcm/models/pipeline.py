@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor
 
 from tbcm.errors import UserError
+from tbcm.method.formulation import Flow
+from tbcm.method.sampling import student_times
+from tbcm.method.trigflow import T_MAX
 from tbcm.models.architecture import (
     Autoencoder,
     Facts,
@@ -98,6 +102,33 @@ class Pipeline:
         scheduler = self._read(name, f"no readable {name}")
         check_facts(scheduler, FlowScheduler, self._named(name))
         return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
+
+    @property
+    def t_max(self) -> float:
+        """Where generation starts."""
+        return T_MAX
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, h, w), for square images of so many pixels."""
+        side = image_size // self.compression
+        return self.config("transformer")["in_channels"], side, side
+
+    def teacher_times(self, steps: int) -> Tensor:
+        """The teacher's own sampling times, [steps] descending (0 not included): flow-Euler with its shift."""
+        return Flow(sampling_shift=self.sampling_shift).schedule(steps)
+
+    def student_times(self, steps: int) -> list[float]:
+        return student_times(steps, self.t_max)
+
+    @torch.no_grad()
+    def encode(self, vae: AutoencoderDC, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
+        return vae.encode(images.to(vae.dtype), return_dict=False)[0].float() * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, vae: AutoencoderDC, latents: Tensor) -> Tensor:
+        """Scaled latents xbar_0 [N, C, h, w] -> images [N, 3, H, W] in about [-1, 1], fp32."""
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
 
     def load_transformer(self, dtype: torch.dtype) -> SanaTransformer2DModel:
         """Raises UserError where it, or the VAE and the scheduler beside it, are not supported."""

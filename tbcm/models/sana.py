@@ -18,6 +18,7 @@ from tbcm_kernels.catalog import Dual
 from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 
+from tbcm.method.rollout import Velocity, guided
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
@@ -91,6 +92,23 @@ class SanaTrigFlow(nn.Module):
             options = fold_options() if derivative == "jvp" else None
             self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)
 
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.guidance_scale is not None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.backbone.transformer_blocks
+
+    @property
+    def width(self) -> int:
+        """Of tokens, and of the time's embedding."""
+        return int(self.backbone.scale_shift_table.shape[1])
+
+    def guided(self, condition: Condition, null: Condition, guidance: Tensor) -> Velocity:
+        """Both branches in one batch, for the caller to combine: Sana's guidance is linear."""
+        return guided(self, condition, null)
+
     def forward(
         self,
         u: Tensor,
@@ -150,10 +168,13 @@ class SanaTrigFlow(nn.Module):
             raise ValueError(f"{u.shape[0]} samples cannot be shared out evenly over {len(condition)} prompts")
         return condition if self.text_once else condition.repeat(u.shape[0] // len(condition))
 
-    def _grid(self, u: Tensor) -> tuple[int, int]:
-        """Rows and columns of tokens."""
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens, for latents of this size."""
         patch = self.backbone.config.patch_size
-        return u.shape[-2] // patch, u.shape[-1] // patch
+        return height // patch, width // patch
+
+    def _grid(self, u: Tensor) -> tuple[int, int]:
+        return self.grid(*u.shape[-2:])
 
     def _through_blocks(self, h: Dual, temb: Dual, condition: Condition, size: tuple[int, int]) -> Iterator[Dual]:
         """Tokens after each block."""

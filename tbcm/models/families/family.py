@@ -84,6 +84,7 @@ class Family:
         null_first: whether the unconditional branch comes first in a batch of both.
         prompts: a list of prompts as arguments of the pipeline.
         guided: what else makes it run both branches; `unguided`: what makes it run one.
+        sized: whether its call takes a height and a width.
         times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
             the number of steps, "terminal" the same from noise to where its scheduler is told to end.
     """
@@ -105,6 +106,7 @@ class Family:
     guided: Callable[[int], dict[str, Any]] = lambda count: {"guidance_scale": 4.0}
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
+    sized: bool = True
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:
         """The condition of P prompts, and that of the unconditional branch (P too; None where there is none), as the

@@ -9,6 +9,9 @@ from torch import Tensor
 
 
 class Layout(Protocol):
+    patch: int
+    """Pixels of latents that make a token, along one side, before the network makes its own patches."""
+
     def shape(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, H, W) of what is trained on, for the shape of a codec's latents without their batch."""
         ...
@@ -26,6 +29,8 @@ class Layout(Protocol):
 class Image:
     """[B, C, H, W], as it is."""
 
+    patch = 1
+
     def shape(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
         channels, height, width = latents
         return channels, height, width
@@ -40,6 +45,8 @@ class Image:
 @dataclass(frozen=True)
 class Patches(Image):
     """Tokens [B, HW/4, 4C] of 2 x 2 pixels, their channels outermost within a token (FLUX, Chroma, Qwen-Image)."""
+
+    patch = 2
 
     def pack(self, x: Tensor, latents: tuple[int, ...]) -> Tensor:
         batch, channels, height, width = x.shape

@@ -1,0 +1,195 @@
+"""A pipeline of any family, as a folder or on a hub, with what training and sampling ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from tbcm.errors import UserError
+from tbcm.method.formulation import Formulation
+from tbcm.models.families.codec import Codec, Pixels, codec_of
+from tbcm.models.families.export import FewSteps, few_steps
+from tbcm.models.families.family import Facts, Family
+from tbcm.models.families.rows import family_of
+from tbcm.models.families.text import RecordedConditions, encoders_of
+from tbcm.models.network import DiffusersNetwork
+from tbcm.models.pipeline import Pipeline
+from tbcm.models.weights import first_line
+
+
+@dataclass(frozen=True)
+class FamilyPipeline:
+    """Of a pipeline class that has a row in `tbcm.models.families.rows`, for square images of `image_size` pixels.
+
+    Raises (from every property and method):
+        UserError: files that are missing or malformed, a class without a row, a size that the network cannot make.
+    """
+
+    files: Pipeline
+    image_size: int
+
+    @property
+    def path(self) -> str:
+        return self.files.path
+
+    @property
+    def location(self) -> str:
+        return self.files.location
+
+    @property
+    def revision(self) -> str | None:
+        return self.files.revision
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return self.files.index
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(str(self.index.get("_class_name")))
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The teacher's own."""
+        return self._guarded("scheduler", lambda cls: cls.from_pretrained(self.location, **self._of("scheduler")))
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        return self._config(self.family.network)
+
+    @cached_property
+    def codec(self) -> Codec:
+        unit = getattr(self.formulation, "sigma_data", 1.0)  # EDM's data have another std than 1
+        if not self.index.get("vae"):
+            return Pixels(self.network_config, unit)
+        return codec_of(self.index["vae"][1], self._config("vae"), unit)
+
+    @cached_property
+    def formulation(self) -> Formulation:
+        patch = self.network_config.get("patch_size", 1)
+        side = self.image_size // (self._factor * (patch if isinstance(patch, int) else patch[-1]))
+        try:
+            return self.family.formulation(Facts(self.network_config, self.scheduler, side * side))
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def t_max(self) -> float:
+        return self.formulation.t_max
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent, along one side."""
+        return self.codec.compression
+
+    @cached_property
+    def _factor(self) -> int:
+        """As `compression`, which needs the formulation."""
+        if not self.index.get("vae"):
+            return 1
+        return codec_of(self.index["vae"][1], self._config("vae")).compression
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Shape of one sample's latents, as its codec has them."""
+        if self.image_size % self.compression:
+            raise UserError(
+                f"teacher.image_size = {self.image_size}: should be a multiple of {self.compression}, its VAE's factor"
+            )
+        return self.codec.shape(self.image_size, self.image_size)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(C, H, W) of what is trained on."""
+        assert image_size == self.image_size
+        return self.family.layout.shape(self.latents)
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Arguments of the pipeline's call."""
+        return {"height": self.image_size, "width": self.image_size} if self.family.sized else {}
+
+    def few_steps(self, steps: int) -> FewSteps:
+        """How plain diffusers runs its student."""
+        return few_steps(self.family, self.formulation, self.scheduler, steps)
+
+    def teacher_times(self, steps: int) -> Tensor:
+        return self.formulation.schedule(steps)
+
+    def student_times(self, steps: int) -> list[float]:
+        """Those at which an exported student is run, so that both give the same images."""
+        try:
+            return self.few_steps(steps).times
+        except UserError:  # cannot be exported: an even grid
+            return [self.t_max * (1 - i / steps) for i in range(steps)]
+
+    def load_network(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        part = self.family.network
+        module: nn.Module = self._guarded(
+            part, lambda cls: cls.from_pretrained(self.location, torch_dtype=dtype, **self._of(part))
+        )
+        return module.to(device).eval().requires_grad_(False)
+
+    def load_teacher(self, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> DiffusersNetwork:
+        """Frozen, with weights in `dtype`."""
+        net = DiffusersNetwork(
+            self.load_network(dtype, device), self.family, self.formulation, self.latents, compiled=compiled
+        )
+        net.eval().requires_grad_(False)
+        return net
+
+    def load_vae(self, dtype: torch.dtype) -> Any:
+        """None for a network of pixels."""
+        if not self.index.get("vae"):
+            return None
+        vae = self._guarded("vae", lambda cls: cls.from_pretrained(self.location, torch_dtype=dtype, **self._of("vae")))
+        return vae.eval().requires_grad_(False)
+
+    def load_text(self, dtype: torch.dtype, device: torch.device) -> RecordedConditions:
+        options = {"revision": self.revision} if self.revision else {}
+        try:
+            pipe = encoders_of(self.location, self.index, self.family, dtype, device, **options)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self.path}: its text encoders cannot be loaded ({first_line(error)})") from None
+        return RecordedConditions(pipe, self.family, self.size)
+
+    def encode(self, vae: Any, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
+        return self.codec.encode(vae, images)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of `encode`."""
+        return self.codec.decode(vae, latents)
+
+    def _of(self, part: str) -> dict[str, Any]:
+        return {"subfolder": part, **({"revision": self.revision} if self.revision else {})}
+
+    def _config(self, part: str) -> dict[str, Any]:
+        def read(cls: Any) -> dict[str, Any]:
+            with torch.device("meta"):  # the defaults of what the file leaves out, without weights
+                return dict(cls.from_config(cls.load_config(self.location, **self._of(part))).config)
+
+        return dict(self._guarded(part, read))
+
+    def _guarded(self, part: str, read: Any) -> Any:
+        entry = self.index.get(part)
+        if not isinstance(entry, list) or len(entry) < 2 or not hasattr(diffusers, str(entry[1])):
+            raise UserError(f"{self.path}: its {part} is {entry!r} in model_index.json, no class of diffusers")
+        try:
+            return read(getattr(diffusers, entry[1]))
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self.path}: cannot load {part}/ ({first_line(error)})") from None
+
+
+SANA = "SanaPipeline", "SanaSprintPipeline"
+"""Pipeline classes with a network of their own here, faster than the general one."""
+
+
+def open_pipeline(files: Pipeline, image_size: int) -> Pipeline | FamilyPipeline:
+    """What is at a path: Sana's, or that of another family."""
+    name = files.index.get("_class_name")
+    return files if name in SANA else FamilyPipeline(files, image_size)
