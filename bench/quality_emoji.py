@@ -12,14 +12,13 @@ import torch
 from quality_runs import Run
 from torch import Tensor
 
-from tbcm.build import build_student, build_teacher, build_text, pipeline_of, student_weights
+from tbcm.build import AnyNetwork, build_student, build_teacher, build_text, pipeline_of, student_weights
 from tbcm.config import Config
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.emoji import TEACHER_STEPS, EmojiJudge, middle, spread
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import key, stored, teacher_origin
 from tbcm.generation import Sampler
-from tbcm.models.sana import SanaTrigFlow
 from tbcm.runtime.checkpoint_files import checkpoints_in
 from tbcm.student import load_student, open_source
 from tbcm.train import train
@@ -105,7 +104,7 @@ class EmojiRunner:
         student, pipeline = self._student(run), self.teacher.pipeline
         return Sampler(student, self.teacher.text, run.config, pipeline, teacher=False, batch=64)
 
-    def _student(self, run: Run) -> SanaTrigFlow:
+    def _student(self, run: Run) -> AnyNetwork:
         if run.arm.trained:
             return load_student(open_source(run.config.out), self.device)
         student = build_student(run.config, self.teacher.net).eval()

@@ -14,7 +14,7 @@ from tbcm.config import Method
 from tbcm.method.route import logit_normal_times
 from tbcm.method.sprint import adversarial_times, discriminator_loss, student_loss
 from tbcm.method.trigflow import renoise, rotate
-from tbcm.method.types import Condition, Network
+from tbcm.method.types import Condition, Network, TeacherNetwork
 from tbcm.models.discriminator import DiscriminatorHeads, spread_layers
 from tbcm.rollouts import Batch
 from tbcm.runtime import distributed
@@ -88,7 +88,7 @@ class Adversary:
 
     def __init__(
         self,
-        teacher: Network,
+        teacher: TeacherNetwork,
         autocast: Callable[[], AbstractContextManager[object]],
         method: Method,
         *,

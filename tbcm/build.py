@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.adversary import Adversary
@@ -24,18 +23,23 @@ from tbcm.data.prompts import load_prompts
 from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
+from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.identity import model_identity
-from tbcm.models.loading import black_latent, load_teacher, student_from_teacher
+from tbcm.models.loading import AnyPipeline, black_latent, general_student, load_teacher, student_from_teacher
+from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
 from tbcm.overlap import Overlapped
-from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, TextConditions
+from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, Text, TextConditions
 from tbcm.runtime import distributed
 from tbcm.runtime.seeding import seeded
 
 logger = logging.getLogger(__name__)
+
+
+AnyNetwork = SanaTrigFlow | DiffusersNetwork
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class Parts:
     """What a trainer works on. `black` [C, h, w] is the scaled latent of a black image; its shape is the latents'.
     `latents`, and the `vae` that encodes images to them unless they are precomputed, are the baselines'."""
 
-    teacher: SanaTrigFlow
-    student: SanaTrigFlow
-    text: TextConditions
+    teacher: AnyNetwork
+    student: AnyNetwork
+    text: Text
     prompts: Sequence[str]
     black: Tensor
     latents: CaptionedLatents | None = None
-    vae: AutoencoderDC | None = None
+    vae: Any = None
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,15 +107,20 @@ def default_guidance(config: Config) -> float:
     return scales[len(scales) // 2]
 
 
-def pipeline_of(config: Config) -> Pipeline:
+def files_of(config: Config) -> Pipeline:
+    """The teacher's files, of whatever pipeline class."""
     teacher = config.teacher
     return Pipeline(teacher.path, teacher.revision, teacher.timestep_scale, teacher.variant)
+
+
+def pipeline_of(config: Config) -> AnyPipeline:
+    return open_pipeline(files_of(config), config.teacher.image_size)
 
 
 def text_pipeline_of(config: Config) -> Pipeline:
     """Where Gemma and its tokenizer lie."""
     path, teacher = config.text.path, config.teacher
-    return Pipeline(path, variant=teacher.variant) if path else pipeline_of(config)
+    return Pipeline(path, variant=teacher.variant) if path else files_of(config)
 
 
 def build_parts(config: Config, device: torch.device) -> Parts:
@@ -126,6 +135,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     black = build_black_latent(config, device)
     text = cached or build_text(config, device)
     if config.teacher.fp8:
+        assert isinstance(teacher, SanaTrigFlow) and text.null_prompt is not None
         quantise(teacher, text.null_prompt, black.shape)
     return Parts(teacher, student, text, prompts, black, latents, vae)
 
@@ -156,7 +166,7 @@ def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
             shape=parts.black.shape,
             device=device,
             method=method,
-            t_max=config.teacher.t_max,
+            t_max=pipeline_of(config).t_max,
             seed=train.seed,
             prompts_per_step=train.prompts_per_step,
             prompts_per_rollout=train.prompts_per_rollout,
@@ -168,11 +178,12 @@ def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
             parts.prompts,
             parts.black,
             method=method,
-            t_max=config.teacher.t_max,
+            t_max=pipeline_of(config).t_max,
             seed=train.seed,
             prompts_per_step=train.prompts_per_step,
             prompts_per_rollout=train.prompts_per_rollout,
-            cuda_graph=switch(config.teacher.cuda_graph, device),
+            # A general network may have its own ideas of what is static.
+            cuda_graph=isinstance(parts.teacher, SanaTrigFlow) and switch(config.teacher.cuda_graph, device),
         )
     return Overlapped(source, device) if train.overlap_rollout else source
 
@@ -182,17 +193,18 @@ def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adver
     method, train = config.method, config.train
     if method.name != "sprint":
         return None
-    blocks = len(parts.teacher.backbone.transformer_blocks)
+    blocks = len(parts.teacher.blocks)
     if method.adversary.layers and max(method.adversary.layers) >= blocks:
         raise UserError(
             f"method.adversary.layers = {method.adversary.layers}: the teacher's blocks are 0 to {blocks - 1}"
         )
-    parts.teacher.checkpointing = config.student.checkpointing  # only the discriminator differentiates it
+    if isinstance(parts.teacher, SanaTrigFlow):
+        parts.teacher.checkpointing = config.student.checkpointing  # only the discriminator differentiates it
     return Adversary(
         parts.teacher,
         lambda: teacher_autocast(config, device),
         method,
-        t_max=config.teacher.t_max,
+        t_max=pipeline_of(config).t_max,
         seed=train.seed,
         images=train.prompts_per_step,
         parts=distributed.local_parts(train.prompts_per_step, train.prompts_per_rollout),
@@ -209,7 +221,7 @@ def build_prompts(config: Config) -> PromptSource:
     )
 
 
-def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatents, AutoencoderDC | None]:
+def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatents, Any]:
     """What the baselines train on: precomputed latents, or images and the VAE that encodes them in every step."""
     data = config.data
     if data.latents is not None:
@@ -218,7 +230,7 @@ def build_latents(config: Config, device: torch.device) -> tuple[CaptionedLatent
         return precomputed, None
     images = build_images(config)
     vae = build_vae(config, device)
-    return VaeLatents(vae, images, data.max_bad_share), vae
+    return VaeLatents(pipeline_of(config), vae, images, device, data.max_bad_share), vae
 
 
 def build_images(config: Config) -> CaptionedImages:
@@ -234,7 +246,7 @@ def latents_identity(config: Config) -> dict[str, Any]:
     return {
         "teacher.path": model_identity(pipeline.location, pipeline.revision, ["vae"]),
         "teacher.image_size": config.teacher.image_size,
-        "scaling_factor": pipeline.config("vae")["scaling_factor"],
+        "scaling_factor": pipeline.scaling_factor,
     }
 
 
@@ -243,27 +255,37 @@ def vae_weights(config: Config, device: torch.device) -> torch.dtype:
     return weights_dtype(dtype_of(config.teacher.precision, device))
 
 
-def build_vae(config: Config, device: torch.device) -> AutoencoderDC:
-    return pipeline_of(config).load_vae(vae_weights(config, device)).to(device)
+def build_vae(config: Config, device: torch.device) -> Any:
+    """None for a teacher of pixels."""
+    vae = pipeline_of(config).load_vae(vae_weights(config, device))
+    return vae and vae.to(device)
 
 
-def build_text(config: Config, device: torch.device) -> TextConditions:
+def build_text(config: Config, device: torch.device) -> Text:
     """With a text encoder, whether or not the configuration names a cache."""
-    encoder: TextEncoder
+    teacher = pipeline_of(config)
+    if isinstance(teacher, FamilyPipeline):
+        return teacher.load_text(weights_dtype(dtype_of(config.text.precision, device)), device)
+    return TextConditions(build_encoder(config, device), config.teacher.null_mask)
+
+
+def build_encoder(config: Config, device: torch.device) -> TextEncoder:
+    """Sana's. Raises UserError for a teacher of another family, whose own pipeline encodes."""
+    if isinstance(pipeline_of(config), FamilyPipeline):
+        raise UserError(f"{config.teacher.path}: only the text of Sana's teachers can be encoded beforehand")
     if config.text.encoder == "minilm":
         encoder = MiniLMEncoder(config.text.max_tokens, device)
         check_text_width(config, encoder.dim)
-    else:
-        pipeline = text_pipeline_of(config)
-        check_text_width(config, pipeline.text_width())
-        dtype = text_weights(config, device)
-        encoder = load_gemma(pipeline, dtype=dtype, device=device, max_tokens=config.text.max_tokens)
-    return TextConditions(encoder, config.teacher.null_mask)
+        return encoder
+    pipeline = text_pipeline_of(config)
+    check_text_width(config, pipeline.text_width())
+    dtype = text_weights(config, device)
+    return load_gemma(pipeline, dtype=dtype, device=device, max_tokens=config.text.max_tokens)
 
 
 def check_text_width(config: Config, width: int) -> None:
     """Raises UserError where the teacher takes in text states of another width."""
-    if (wanted := pipeline_of(config).config("transformer")["caption_channels"]) != width:
+    if (wanted := files_of(config).config("transformer")["caption_channels"]) != width:
         raise UserError(
             f"text.encoder={config.text.encoder} gives states of width {width}, and the teacher {config.teacher.path}"
             f" takes in caption_channels = {wanted}: choose the text encoder that it was trained with"
@@ -292,6 +314,8 @@ def text_identity(config: Config) -> dict[str, Any]:
 def build_cached_text(config: Config, prompts: PromptSource, device: torch.device) -> TextConditions:
     """Without a text encoder. Raises UserError where the cache is not of this configuration and these prompts."""
     assert config.text.cache is not None
+    if isinstance(pipeline_of(config), FamilyPipeline):
+        raise UserError("text.cache holds the states of Sana's text encoders: with this teacher leave it out")
     encoder = CachedEncoder(config.text.cache, device)
     encoder.check(distributed.run_on_main(lambda: {**text_identity(config), "data.prompts": prompts.digest()}))
     check_text_width(config, encoder.dim)
@@ -300,17 +324,30 @@ def build_cached_text(config: Config, prompts: PromptSource, device: torch.devic
     return TextConditions(encoder, config.teacher.null_mask)
 
 
-def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> SanaTrigFlow:
+def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> AnyNetwork:
     """The frozen teacher, with weights in `dtype` (default: as configured)."""
     dtype = dtype or teacher_weights(config, device)
     compiled = switch(config.teacher.compile, device)
-    return load_teacher(pipeline_of(config), dtype, device, compiled=compiled, text_once=config.text.once)
+    pipeline = pipeline_of(config)
+    if isinstance(pipeline, FamilyPipeline):
+        if config.teacher.fp8:
+            raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
+        return pipeline.load_teacher(dtype, device, compiled=compiled)
+    return load_teacher(pipeline, dtype, device, compiled=compiled, text_once=config.text.once)
 
 
-def build_student(config: Config, teacher: SanaTrigFlow) -> SanaTrigFlow:
+def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:
     """A student equal to the conditional teacher. Its new layers' random part depends on the seed alone."""
     device = next(teacher.parameters()).device
     with seeded(device, config.train.seed, "student"):
+        if isinstance(teacher, DiffusersNetwork):
+            return general_student(
+                teacher,
+                tangent=config.student.tangent,
+                checkpointing=config.student.checkpointing,
+                compiled=switch(config.student.compile, device),
+                guidance_embeds_scale=config.student.guidance_embeds_scale,
+            )
         return student_from_teacher(
             teacher,
             tangent=config.student.tangent,

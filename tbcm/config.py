@@ -56,9 +56,6 @@ class Teacher(Section):
         False,
         description="large linear layers in fp8 (e4m3; GPUs from Ada on); its error is logged at start",
     )
-    t_max: Annotated[float, Field(gt=0, le=1.5707964)] = Field(
-        1.5707963267948966, description="where generation starts"
-    )
     image_size: PositiveInt = 1024
 
 

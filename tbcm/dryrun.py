@@ -14,6 +14,7 @@ from tbcm.build import Parts, build_parts
 from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.holdings import gathered, holdings, on_a_rank
+from tbcm.models.network import DiffusersNetwork
 from tbcm.random_parts import random_parts
 from tbcm.runtime import distributed
 from tbcm.runtime.parallel import shard_size
@@ -76,15 +77,16 @@ def _with_prompts(config: Config, prompts: int) -> Config:
 def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[str, str]:
     """`flops` of a rollout."""
     config, world = trainer.config, distributed.world_size()
-    model = getattr(trainer.text.encoder, "model", None)
-    encoder = config.text.cache or config.text.encoder
+    encoders = trainer.text.modules
+    family = isinstance(trainer.teacher, DiffusersNetwork)
+    encoder = config.text.cache or (config.teacher.path if family else config.text.encoder)
     each = trainer.source.samples_per_prompt
     total = prompts * rollouts * world
     tera = flops * rollouts / 1e12
     return {
         "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path})",
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
-        "text encoder": f"{_parameters(model) if model is not None else 'none'} ({encoder})",
+        "text encoder": f"{_parameters(nn.ModuleList(encoders)) if encoders else 'none'} ({encoder})",
         "step": (
             f"{total} {'prompts' if config.method.name == 'tbcm' else 'images'} x {each} points = {total * each}"
             f" samples optimised; {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"

@@ -84,7 +84,7 @@ def encode_prompts(
     config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 32, verify: bool = False
 ) -> None:
     """Fills the folder `out` with the states of data.prompts. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_prompts, build_text, text_identity, text_weights
+    from tbcm.build import build_encoder, build_prompts, text_identity, text_weights
     from tbcm.data.embedding_writer import CacheWriter
     from tbcm.data.embeddings import NULL
     from tbcm.data.sharded import progress_bar, share
@@ -99,7 +99,7 @@ def encode_prompts(
         mine = [name for name in writer.names if name in whole][distributed.rank() :: distributed.world_size()]
         todo += [name for name in mine if not writer.is_whole(name, verify=True)]
     if todo:
-        encoder = build_text(config, device).encoder
+        encoder = build_encoder(config, device)
         with progress_bar(sum(len(writer.prompts(name)) for name in todo), "prompt") as progress:
             for name in todo:
                 writer.write(name, _encoded(encoder, writer.prompts(name), batch, name != NULL, progress))

@@ -77,7 +77,7 @@ def main() -> None:
 
 def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
     """Fills the folder `out` with the latents of data.images. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_black_latent, build_images, build_vae, latents_identity, vae_weights
+    from tbcm.build import build_black_latent, build_images, build_vae, latents_identity, pipeline_of, vae_weights
     from tbcm.data.latent_writer import LatentWriter
     from tbcm.data.sharded import progress_bar, share
     from tbcm.encoded import VaeLatents
@@ -98,7 +98,7 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
     build_black_latent(config.model_copy(update={"out": out}), device)  # training has no VAE to make it with
     todo, whole = share(writer.names, writer.is_whole)
     if todo:
-        encoded = VaeLatents(build_vae(config, device), images, data.max_bad_share)
+        encoded = VaeLatents(pipeline_of(config), build_vae(config, device), images, device, data.max_bad_share)
         with progress_bar(sum(len(writer.indices(name)) for name in todo), "image") as progress:
             for name in todo:
                 writer.write(name, *_encoded(encoded, writer.indices(name), batch, progress))

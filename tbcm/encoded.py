@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.config import Method
@@ -17,8 +17,8 @@ from tbcm.data.images import CaptionedImages
 from tbcm.data.latents import CaptionedLatents
 from tbcm.method.route import logit_normal_times
 from tbcm.method.scm import scm_trajectory
-from tbcm.models.loading import encode_images
-from tbcm.rollouts import Batch, Draws, GuidedTeacher, TextConditions, draw
+from tbcm.models.loading import AnyPipeline
+from tbcm.rollouts import Batch, Draws, GuidedTeacher, Text, draw
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator
@@ -28,8 +28,11 @@ class VaeLatents:
     """`CaptionedLatents` of images that the VAE encodes when they are asked for, on its device. At most
     `max_bad_share` of them may be such that cannot be decoded."""
 
-    def __init__(self, vae: AutoencoderDC, images: CaptionedImages, max_bad_share: float = 0.0) -> None:
-        self.vae, self.images, self.captions = vae, images, images.captions
+    def __init__(
+        self, pipeline: AnyPipeline, vae: Any, images: CaptionedImages, device: torch.device, max_bad_share: float = 0.0
+    ) -> None:
+        self.pipeline, self.vae, self.device = pipeline, vae, device
+        self.images, self.captions = images, images.captions
         self._good = GoodImages(images, max_bad_share)
 
     def __len__(self) -> int:
@@ -39,9 +42,9 @@ class VaeLatents:
         """See `CaptionedLatents`. Raises UserError where too many images cannot be decoded."""
         with phase("vae"):
             images, taken = self._good(indices)
-            if self.vae.device.type == "cuda":
+            if self.device.type == "cuda":
                 images = images.pin_memory()  # else the host would wait for the copy
-            return encode_images(self.vae, images.to(self.vae.device, non_blocking=True)), taken
+            return self.pipeline.encode(self.vae, images.to(self.device, non_blocking=True)), taken
 
 
 class NoisedLatents:
@@ -54,7 +57,7 @@ class NoisedLatents:
     def __init__(
         self,
         teacher: GuidedTeacher,
-        text: TextConditions,
+        text: Text,
         latents: CaptionedLatents,
         *,
         shape: Sequence[int],

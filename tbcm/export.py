@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
     arguments = parser.parse_args()
-    from tbcm.pipeline_call import call_of
+    from tbcm.pipeline_call import how_to_call
     from tbcm.student import export, open_source
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
@@ -39,7 +39,7 @@ def main() -> None:
     if os.path.lexists(out):  # a link that leads nowhere, too
         raise UserError(f"{out} exists already: choose another folder or remove it")
     export(str(arguments.run), out, dtype=dtype, average=arguments.weights == "ema")
-    print(f"wrote {out}; with plain diffusers:\n\n{call_of(open_source(str(out)).config, str(out), dtype)}", end="")
+    print(f"wrote {out}; with plain diffusers:\n\n{how_to_call(open_source(str(out)), dtype)}", end="")
 
 
 if __name__ == "__main__":

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.build import autocast, build_teacher, build_text, default_guidance, dtype_of, teacher_autocast
 from tbcm.config import Config
 from tbcm.images import to_uint8
 from tbcm.method.rollout import embedded, rollout
-from tbcm.method.sampling import consistency_sample, student_times
-from tbcm.method.trigflow import time_from_flow
+from tbcm.method.sampling import consistency_sample
 from tbcm.method.types import Condition
-from tbcm.models.loading import decode_latents
-from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import SanaTrigFlow
-from tbcm.rollouts import GuidedTeacher, TextConditions
+from tbcm.models.loading import AnyPipeline
+from tbcm.rollouts import GuidedTeacher, Text
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
 from tbcm.student import load_student, open_source
@@ -37,12 +34,6 @@ class NoiseSource:
         return torch.stack([torch.randn(self._shape, generator=g) for g in self._generators]).to(self._device)
 
 
-def teacher_times(steps: int, shift: float) -> Tensor:
-    """A flow-Euler schedule with its shift, [steps] descending TrigFlow times (0 not included)."""
-    q = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
-    return time_from_flow(shift * q / (1 + (shift - 1) * q)).float()
-
-
 class Sampler:
     """Prompts -> scaled latents or images, in batches. Image i of a call depends on (prompt i, seed, i) alone; a call
     for a part of a longer list says with `first` where in it the part begins.
@@ -54,10 +45,10 @@ class Sampler:
 
     def __init__(
         self,
-        net: SanaTrigFlow,
-        text: TextConditions,
+        net: Any,
+        text: Text,
         config: Config,
-        pipeline: Pipeline,
+        pipeline: AnyPipeline,
         *,
         teacher: bool,
         batch: int = 32,
@@ -66,8 +57,7 @@ class Sampler:
         self.batch, device = batch, next(net.parameters()).device
         self.dtype = dtype_of((config.teacher if teacher else config.student).precision, device)
         self.teacher = GuidedTeacher(net, text, lambda: teacher_autocast(config, device)) if teacher else None
-        side = config.teacher.image_size // pipeline.compression
-        self.shape = net.backbone.config.in_channels, side, side
+        self.shape = pipeline.latent_shape(config.teacher.image_size)
 
     def __call__(
         self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
@@ -97,30 +87,31 @@ class Sampler:
         w = torch.full((len(condition),), guidance, device=start.device)
         if self.teacher:
             velocity = self.teacher.velocity(self.teacher.prepare(condition), w)
-            times = teacher_times(steps, self.pipeline.sampling_shift).to(start.device)[None]
+            times = self.pipeline.teacher_times(steps).to(start.device)[None]
             return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
-        few = student_times(steps, self.config.teacher.t_max)
+        few = self.pipeline.student_times(steps)
         cast = next(self.net.parameters()).dtype != self.dtype
         with autocast(self.dtype if cast else torch.float32, start.device):
             return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""
-        vae = self._vae.to(latents.device)
-        images = [part.cpu() for part in decode_in_parts(vae, latents, self.pipeline.compression)]
-        self._vae.to("cpu")
+        vae = self._vae and self._vae.to(latents.device)
+        images = [part.cpu() for part in decode_in_parts(self.pipeline, vae, latents)]
+        if self._vae:
+            self._vae.to("cpu")
         return torch.cat(images)
 
     @cached_property
-    def _vae(self) -> AutoencoderDC:
+    def _vae(self) -> Any:
         return self.pipeline.load_vae(torch.float32)
 
 
-def decode_in_parts(vae: AutoencoderDC, latents: Tensor, compression: int) -> Iterator[Tensor]:
+def decode_in_parts(pipeline: AnyPipeline, vae: Any, latents: Tensor) -> Iterator[Tensor]:
     """Scaled latents -> images [P, 3, H, W] uint8 on the same device, two million pixels at a time."""
-    pixels = latents[0, 0].numel() * compression**2
+    pixels = latents[0, 0].numel() * pipeline.compression**2
     for part in latents.split(max(1, 2**21 // pixels)):
-        yield to_uint8(decode_latents(vae, part))
+        yield to_uint8(pipeline.decode(vae, part))
 
 
 def open_sampler(path: str, *, teacher: bool = False, average: bool = True, device: str | None = None) -> Sampler:

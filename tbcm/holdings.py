@@ -15,11 +15,10 @@ SHARDED = "student", "gradients", "optimizer", "average"
 def holdings(trainer: Trainer) -> dict[str, int]:
     """Bytes of the frozen networks (teacher, text encoder, VAE), of the student, and of what belongs to its weights;
     of a discriminator with its gradient and its optimiser's two moments."""
-    text = getattr(trainer.text.encoder, "model", None)
     state = trainer.optimizer.state_dict()["state"].values()
     return {
         "teacher": _bytes(tensors(trainer.teacher)),
-        "text encoder": _bytes(tensors(text)),
+        "text encoder": _bytes(tensor for part in trainer.text.modules for tensor in tensors(part)),
         "VAE": _bytes(tensors(trainer.parts.vae)),
         "student": _bytes(tensors(trainer.student)),
         "gradients": _bytes(trainer.parameters),

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from tbcm.build import default_guidance
 from tbcm.config import Config
+from tbcm.models.families.pipeline import FamilyPipeline
+
+if TYPE_CHECKING:
+    from tbcm.student import Source
 
 PIPELINE_MULTIPLE = 32
 """SanaSprintPipeline refuses heights and widths that are no multiples of it."""
@@ -62,3 +68,46 @@ A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tb
 
 `intermediate_timesteps` is for two steps, where its default fits: leave it out there.
 """
+
+
+def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
+    """As `call_of`, for a student of any other family: the teacher's own pipeline class, told its times."""
+    few = pipeline.few_steps(steps)
+    guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
+    arguments = {**pipeline.family.prompts(["a red panda"]), **few.arguments, **guidance, **pipeline.size}
+    lines = [
+        "import torch, diffusers",
+        "",
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}, torch_dtype={dtype})",
+        'pipe.to("cuda")',
+        "image = pipe(",
+        *(f"    {name}={value!r}," for name, value in arguments.items()),
+        ").images[0]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def family_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
+    """README.md of an exported folder of any other family."""
+    return f"""---
+library_name: diffusers
+---
+
+A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tbcm.yaml` is its configuration.
+
+```python
+{family_call(pipeline, config, folder, dtype)}```
+
+In four steps:
+
+```python
+{family_call(pipeline, config, folder, dtype, 4)}```
+"""
+
+
+def how_to_call(source: Source, dtype: torch.dtype) -> str:
+    """The call of an exported folder."""
+    pipeline = source.pipeline
+    if isinstance(pipeline, FamilyPipeline):
+        return family_call(pipeline, source.config, source.path, dtype)
+    return call_of(source.config, source.path, dtype)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from tbcm.build import Parts, build_student, dtype_of, pipeline_of, switch, teacher_weights
+from tbcm.build import Parts, build_student, dtype_of, files_of, switch, teacher_weights
 from tbcm.config import Config
 from tbcm.encoded import VaeLatents
 from tbcm.models.loading import freeze
@@ -26,8 +26,8 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     """The parts of a run with random weights: of `teacher.architecture`, or of the teacher's own configuration."""
     name = config.teacher.architecture
     if name is None:
-        arguments = pipeline_of(config).config("transformer")
-        scale, factor = pipeline_of(config).timestep_scale, pipeline_of(config).compression
+        files = files_of(config)
+        arguments, scale, factor = files.config("transformer"), files.timestep_scale, files.compression
     else:
         arguments = SANA[name]
         scale, factor = FLOW_STEPS * arguments["timestep_scale"], compression(name)
@@ -53,7 +53,7 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     if config.data.latents is not None:
         return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))
     vae = _random_vae(config, device)
-    latents = VaeLatents(vae, RandomImages(prompts, config.teacher.image_size))
+    latents = VaeLatents(files_of(config), vae, RandomImages(prompts, config.teacher.image_size), device)
     return Parts(teacher, student, text, prompts, black, latents, vae)
 
 
@@ -61,7 +61,7 @@ def _random_vae(config: Config, device: torch.device) -> AutoencoderDC:
     name = config.teacher.architecture
     with torch.device(device), _default_dtype(dtype_of(config.teacher.precision, device)):
         if name is None:
-            vae = AutoencoderDC.from_config(pipeline_of(config).config("vae"))
+            vae = AutoencoderDC.from_config(files_of(config).config("vae"))
         else:
             vae = AutoencoderDC(**AUTOENCODERS[name])
     return vae.eval().requires_grad_(False)

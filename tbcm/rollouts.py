@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbcm.config import Method, Route
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
@@ -16,7 +16,7 @@ from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, rollout
 from tbcm.method.route import logit_normal_route, random_route, reference_route
 from tbcm.method.tbcm import first_training_point
-from tbcm.method.types import Condition, Network, Trajectory
+from tbcm.method.types import Condition, TeacherNetwork, Trajectory
 from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.graphs import Graphed
@@ -79,8 +79,15 @@ class Text(Protocol):
     """Prompts -> Condition, and the unconditional branch's `null_prompt` (one prompt; None: there is no such branch)
     with the rule for its mask: "own", or "conditional", the prompt's."""
 
-    null_prompt: Condition | None
     null_mask: str
+
+    @property
+    def null_prompt(self) -> Condition | None: ...
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Networks that encode, as far as they are in memory."""
+        ...
 
     def __call__(self, prompts: list[str]) -> Condition: ...
 
@@ -92,7 +99,12 @@ class TextConditions:
         self.encoder = encoder
         self.null_mask = null_mask
         embeds, mask = encode_null(encoder)
-        self.null_prompt: Condition | None = Condition({"embeds": embeds, "mask": mask})
+        self.null_prompt = Condition({"embeds": embeds, "mask": mask})
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        model = getattr(self.encoder, "model", None)
+        return [] if model is None else [model]
 
     def __call__(self, prompts: list[str]) -> Condition:
         embeds, mask = self.encoder.encode(prompts)
@@ -103,9 +115,7 @@ class GuidedTeacher:
     """The frozen teacher's guided velocity: classifier-free guidance, or its own guidance embedding where it was
     distilled with one. Keys and values of the null prompt are projected here, once a run."""
 
-    def __init__(
-        self, net: Network, text: Text, autocast: Callable[[], AbstractContextManager[object]]
-    ) -> None:
+    def __init__(self, net: TeacherNetwork, text: Text, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         self.net, self.null_mask, self.autocast = net, text.null_mask, autocast
         null = None if net.embeds_guidance else text.null_prompt
         self._null = None if null is None else self.prepare(null)

@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 
-from tbcm.build import build_student, pipeline_of, student_weights, text_pipeline_of
+from tbcm.build import AnyNetwork, build_student, default_guidance, pipeline_of, student_weights, text_pipeline_of
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
-from tbcm.method.trigflow import T_MAX
-from tbcm.models.loading import freeze
+from tbcm.models.embedders import fold_guidance
+from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
+from tbcm.models.families.writing import copy_pipeline
+from tbcm.models.loading import AnyPipeline, freeze
+from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana import SanaTrigFlow
-from tbcm.pipeline_call import model_card
+from tbcm.pipeline_call import family_card, model_card
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.files import atomic_folder
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
+DEFAULT_SIZE = 1024
+"""Pixels, of a network that says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class Source:
     is_run: bool
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> AnyPipeline:
         """Where VAE, text encoder and scheduler lie: the teacher's folder for a run."""
-        return pipeline_of(self.config) if self.is_run else Pipeline(self.path)
+        if self.is_run:
+            return pipeline_of(self.config)
+        return open_pipeline(Pipeline(self.path), self.config.teacher.image_size)
 
 
 def open_source(path: str) -> Source:
@@ -61,7 +68,7 @@ def open_source(path: str) -> Source:
 
 def _config_of_pipeline(path: str) -> Config:
     """For a pipeline that this package did not write: the emoji stand-in, else Sana's conventions."""
-    pipeline = Pipeline(path)
+    pipeline = open_pipeline(Pipeline(path), DEFAULT_SIZE)
     emoji = path == "emoji"
     return parse_config(
         {
@@ -69,7 +76,7 @@ def _config_of_pipeline(path: str) -> Config:
             "teacher": {
                 "path": path,
                 "null_mask": "own" if emoji else "conditional",
-                "image_size": pipeline.config("transformer")["sample_size"] * pipeline.compression,
+                "image_size": pipeline.trained_size,
             },
             "text": {"encoder": "minilm", "max_tokens": 16} if emoji else {},
             "method": {"guidance": [4.0]} if emoji else {},
@@ -81,24 +88,25 @@ def _config_of_pipeline(path: str) -> Config:
 
 def load_student(
     source: Source, device: torch.device, dtype: torch.dtype | None = None, *, average: bool = True
-) -> SanaTrigFlow:
+) -> AnyNetwork:
     """The frozen student, with weights in `dtype` (default: as configured): of a run, the newest checkpoint's (EMA
     weights, or the last ones); of a pipeline, its own."""
     dtype = dtype or student_weights(source.config, device)
     if source.is_run:
         return _student_of_run(source, device, average).to(dtype)
-    index = source.pipeline.index
-    if index.get("_class_name") != "SanaSprintPipeline":
-        raise UserError(
-            f"{source.path}: a {index.get('_class_name')} is a teacher, not a few-step student; add --teacher"
-        )
-    backbone = source.pipeline.load_transformer(dtype).to(device)
+    pipeline = source.pipeline
+    name = pipeline.index.get("_class_name")
+    if isinstance(pipeline, FamilyPipeline) and (Path(source.path) / PIPELINE_CONFIG).is_file():
+        return pipeline.load_teacher(dtype, device)  # its guidance is in its weights
+    if isinstance(pipeline, FamilyPipeline) or name != "SanaSprintPipeline":
+        raise UserError(f"{source.path}: a {name} is a teacher, not a few-step student; add --teacher")
+    backbone = pipeline.load_transformer(dtype).to(device)
     net = SanaTrigFlow(backbone, timestep_scale=1.0, differentiable=False)
     freeze(net)
     return net
 
 
-def _student_of_run(source: Source, device: torch.device, average: bool) -> SanaTrigFlow:
+def _student_of_run(source: Source, device: torch.device, average: bool) -> AnyNetwork:
     from tbcm.build import build_teacher
 
     student = build_student(source.config, build_teacher(source.config, device))
@@ -121,21 +129,23 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     source = open_source(run)
     if not source.is_run:
         raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
-    check_exportable(source)
+    if isinstance(source.pipeline, Pipeline):
+        check_exportable(source, source.pipeline)
     student = load_student(source, torch.device("cpu"), torch.float32, average=average)
-    write_pipeline(student, source, out, dtype)
+    if isinstance(student, DiffusersNetwork):
+        write_family_pipeline(student, source, out, dtype)
+    else:
+        write_pipeline(student, source, out, dtype)
 
 
-def check_exportable(source: Source) -> None:
-    """SanaSprintPipeline starts at t = pi/2 and passes its network the flow-matching time s in [0, 1] itself."""
-    scale, t_max = source.pipeline.timestep_scale, source.config.teacher.t_max
+def check_exportable(source: Source, pipeline: Pipeline) -> None:
+    """SanaSprintPipeline passes its network the flow-matching time s in [0, 1] itself."""
+    scale = pipeline.timestep_scale
     if abs(scale - 1) > 1e-6:
         raise UserError(
             f"{source.path}: its teacher's network time is {scale:g} s, and SanaSprintPipeline always passes s in"
             " [0, 1]; tbcm.sample can run it, but it cannot be exported"
         )
-    if abs(t_max - T_MAX) > 1e-6:
-        raise UserError(f"{source.path}: it starts at t = {t_max:g}, SanaSprintPipeline at pi/2; it cannot be exported")
 
 
 def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torch.dtype) -> None:
@@ -157,6 +167,23 @@ def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torc
         pipeline.save_pretrained(part)
         (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         (part / "README.md").write_text(model_card(config, str(out), dtype), encoding="utf-8")
+
+
+def write_family_pipeline(student: DiffusersNetwork, source: Source, out: Path, dtype: torch.dtype) -> None:
+    """A folder of the teacher's own pipeline class, with the student's network and a scheduler that samples it.
+
+    Where the class embeds no guidance, that of the middle scale trained on is folded into the weights.
+    """
+    pipeline, config = source.pipeline, source.config
+    assert isinstance(pipeline, FamilyPipeline)
+    few = pipeline.few_steps(1)
+    scale = default_guidance(config)
+    if student.guidance_embedding is not None:
+        fold_guidance(student.backbone, student.guidance_embedding, scale)
+    with atomic_folder(out) as part:
+        copy_pipeline(pipeline, student.backbone.to(dtype), few.scheduler, part, dtype)
+        (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(family_card(pipeline, config, str(out), dtype), encoding="utf-8")
 
 
 def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -67,7 +67,7 @@ class _Timed:
         return self.sampler.sample(self.condition, lambda: self.noise, self.steps, self.guidance)
 
     def sample_and_decode(self) -> list[Tensor]:
-        return list(decode_in_parts(self.vae, self.sample(), self.sampler.pipeline.compression))
+        return list(decode_in_parts(self.sampler.pipeline, self.vae, self.sample()))
 
     def rates(self, call: Callable[[], object]) -> list[float]:
         """Images or prompts a second."""

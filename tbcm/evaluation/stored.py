@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tbcm
 from tbcm.config import Config
-from tbcm.models.pipeline import Pipeline
+from tbcm.models.loading import AnyPipeline
 from tbcm.runtime.files import atomic_path
 
 Tensors = dict[str, Tensor]
@@ -50,13 +50,13 @@ def _metadata(made_from: Mapping[str, Any]) -> dict[str, str]:
     return {"made_from": json.dumps(made_from, sort_keys=True)}
 
 
-def fingerprint(pipeline: Pipeline) -> dict[str, Any]:
+def fingerprint(pipeline: AnyPipeline) -> dict[str, Any]:
     """What tells pipelines' images apart: weights, VAE and scheduler of a folder; of a hub id its name and revision
     alone, so that one whose files change behind its name goes unnoticed."""
     folder = Path(pipeline.location)
     if not folder.is_dir():
         return {"hub": pipeline.location, "revision": pipeline.revision}
-    files = sorted(file for part in ("transformer", "vae", "scheduler") for file in (folder / part).glob("*.*"))
+    files = sorted(file for part in ("transformer", "unet", "vae", "scheduler") for file in (folder / part).glob("*.*"))
     return {"sha256": {str(file.relative_to(folder)): sha256(file) for file in files}}
 
 
@@ -73,12 +73,11 @@ def meaning(config: Config) -> dict[str, Any]:
         "timestep_scale": config.teacher.timestep_scale,
         "null_mask": config.teacher.null_mask,
         "image_size": config.teacher.image_size,
-        "t_max": config.teacher.t_max,
         "sigma_data": config.method.sigma_data,
     }
 
 
-def teacher_origin(pipeline: Pipeline, config: Config, device: torch.device) -> dict[str, Any]:
+def teacher_origin(pipeline: AnyPipeline, config: Config, device: torch.device) -> dict[str, Any]:
     """What tells a teacher's samples from others', but for their prompts and settings. Code that changes within a
     version of this package goes unnoticed."""
     return {

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tbcm.build import pipeline_of
 from tbcm.config import Route
 from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
@@ -33,7 +34,7 @@ def make(request: Request) -> Drawing:
     config = teacher_config(request.source)
     points, t_max, sigma_data = (
         request.one_steps(config.method.route.points),
-        config.teacher.t_max,
+        pipeline_of(config).t_max,
         config.method.sigma_data,
     )
     figure = style.page(1040)

@@ -21,7 +21,7 @@ from tbcm.build import (
 )
 from tbcm.config import Config, Data, Route, load_config
 from tbcm.errors import UserError
-from tbcm.generation import NoiseSource, Sampler, teacher_times
+from tbcm.generation import NoiseSource, Sampler
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
 from tbcm.models.pipeline import Pipeline
@@ -97,7 +97,7 @@ class Subject:
         self.prompts = choose_prompts(self.config, request.prompt_file, request.prompts or prompts)
         self.sampler = open_teacher(self.config, request.device)
         self.guidance = default_guidance(self.config) if request.guidance is None else request.guidance
-        self.sigma_data, self.t_max = self.config.method.sigma_data, self.config.teacher.t_max
+        self.sigma_data, self.t_max = self.config.method.sigma_data, self.sampler.pipeline.t_max
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -117,8 +117,7 @@ class Subject:
 
     def schedule(self, steps: int) -> Tensor:
         """The teacher's own flow-Euler times [1, steps], from t_max."""
-        times = teacher_times(steps, self.sampler.pipeline.sampling_shift)
-        return times[None] * (self.t_max / times[0])
+        return self.sampler.pipeline.teacher_times(steps)[None]
 
     def routes(self, kind: str, points: int) -> Tensor:
         """One random route for each prompt, [P, points]."""

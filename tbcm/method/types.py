@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,28 +83,12 @@ class Prediction:
 
 
 class Network(Protocol):
-    """A network in TrigFlow coordinates: teacher, student and EMA student alike. It is all that training, sampling and
-    the adversary ask of a backbone.
+    """A network in TrigFlow coordinates: teacher, student and EMA student alike.
 
     `u` [B, C, H, W] is x_t / sigma_data and `t` [B] the TrigFlow time, both fp32; `guidance` [B] the raw scale w, for
     networks that embed it. With `tangents` = (du [B, C, H, W], dt [B]) the prediction carries
     dF = (dF/du) du + (dF/dt) dt.
     """
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether it takes the guidance scale in; else guidance needs both branches."""
-        ...
-
-    @property
-    def blocks(self) -> Sequence[Any]:
-        """Modules, in order, that are sharded, checkpointed and looked into one by one."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Of the tokens after a block."""
-        ...
 
     def __call__(
         self,
@@ -115,8 +99,27 @@ class Network(Protocol):
         tangents: tuple[Tensor, Tensor] | None = None,
     ) -> Prediction: ...
 
+
+class TeacherNetwork(Network, Protocol):
+    """A frozen network, with all that rollouts and the adversary ask of a backbone."""
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether it takes the guidance scale in; else guidance needs both branches."""
+        ...
+
+    @property
+    def blocks(self) -> Sized:
+        """Modules, in order, that are sharded, checkpointed and looked into one by one."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of the tokens after a block."""
+        ...
+
     def prepare(self, condition: Condition) -> Condition:
-        """What of P prompts can be computed once, for a frozen network that is called many times with them."""
+        """What of P prompts can be computed once, for many calls with them."""
         ...
 
     def guided(self, condition: Condition, null: Condition, guidance: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

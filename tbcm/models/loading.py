@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, SanaTransformer2DModel
+from diffusers import SanaTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tbcm.errors import UserError
 from tbcm.models.architecture import defaults_of
+from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.identity import key_of_model, model_identity
+from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana import Checkpointing, SanaTrigFlow, TangentMode
 from tbcm.models.weights import first_line
+
+AnyPipeline = Pipeline | FamilyPipeline
 
 
 def freeze(net: nn.Module) -> nn.Module:
@@ -72,19 +77,40 @@ def student_from_teacher(
     return SanaTrigFlow(backbone.train(), timestep_scale=teacher.timestep_scale, logvar=True, **options)
 
 
-@torch.no_grad()
-def encode_images(vae: AutoencoderDC, images: Tensor) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
-    return vae.encode(images.to(vae.dtype), return_dict=False)[0].float() * vae.config.scaling_factor
+def general_student(
+    teacher: DiffusersNetwork,
+    *,
+    tangent: TangentMode,
+    checkpointing: Checkpointing,
+    compiled: bool,
+    guidance_embeds_scale: float | None,
+) -> DiffusersNetwork:
+    """A trainable fp32 student of any family that starts equal to the conditional teacher, on the teacher's device.
+
+    Where the teacher embeds no guidance it gets an embedding of it that is zero at first.
+
+    Raises:
+        UserError: checkpointing that this network cannot do.
+    """
+    backbone = copy.deepcopy(teacher.backbone).float().requires_grad_()
+    try:
+        return DiffusersNetwork(
+            backbone,
+            teacher.family,
+            teacher.formulation,
+            teacher.latents,
+            guided=True,
+            guidance_embeds_scale=guidance_embeds_scale or 1.0,
+            logvar=True,
+            tangent=tangent,
+            checkpointing=checkpointing,
+            compiled=compiled,
+        ).train()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
-@torch.no_grad()
-def decode_latents(vae: AutoencoderDC, latents: Tensor) -> Tensor:
-    """Scaled latents xbar_0 [N, C, h, w] -> images [N, 3, H, W] in about [-1, 1], fp32."""
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
-
-
-def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torch.device) -> Tensor:
+def black_latent(pipeline: AnyPipeline, image_size: int, folder: Path, device: torch.device) -> Tensor:
     """The scaled latent [C, h, w] of an all-black image (fp32): the teacher's own, else computed once into `folder`,
     under a name that tells teachers apart."""
     from safetensors.torch import save_file
@@ -104,15 +130,15 @@ def black_latent(pipeline: Pipeline, image_size: int, folder: Path, device: torc
             if key in stored:
                 _check_latent(stored[key], pipeline, image_size, file)
                 return stored[key].to(device)
-    encoder = pipeline.load_vae(torch.float32).to(device)
-    black = encode_images(encoder, -torch.ones(1, 3, image_size, image_size, device=device))[0]
+    encoder = pipeline.load_vae(torch.float32)
+    encoder = encoder and encoder.to(device)  # there is none where a network makes pixels
+    black = pipeline.encode(encoder, -torch.ones(1, 3, image_size, image_size, device=device))[0]
     with atomic_path(cache) as temporary:
         save_file({key: black.cpu()}, temporary)
     return black
 
 
-def _check_latent(latent: Tensor, pipeline: Pipeline, image_size: int, file: Path) -> None:
-    side = image_size // pipeline.compression
-    shape = [pipeline.config("vae")["latent_channels"], side, side]
+def _check_latent(latent: Tensor, pipeline: AnyPipeline, image_size: int, file: Path) -> None:
+    shape = [*pipeline.latent_shape(image_size)]
     if list(latent.shape) != shape or latent.dtype != torch.float32:
         raise UserError(f"{file}: {list(latent.shape)} in {latent.dtype} should be {shape} in torch.float32; delete it")

@@ -28,6 +28,7 @@ from tbcm.models.architecture import (
     check_facts,
     short,
 )
+from tbcm.models.families.codec import DeepCompression
 from tbcm.models.json_files import read_json
 from tbcm.models.weights import check_files, choose_variant, first_line, guarded, load_weights
 
@@ -113,6 +114,15 @@ class Pipeline:
         side = image_size // self.compression
         return self.config("transformer")["in_channels"], side, side
 
+    @property
+    def trained_size(self) -> int:
+        """Pixels, both ways."""
+        return int(self.config("transformer")["sample_size"]) * self.compression
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.config("vae")["scaling_factor"])
+
     def teacher_times(self, steps: int) -> Tensor:
         """The teacher's own sampling times, [steps] descending (0 not included): flow-Euler with its shift."""
         return Flow(sampling_shift=self.sampling_shift).schedule(steps)
@@ -120,15 +130,13 @@ class Pipeline:
     def student_times(self, steps: int) -> list[float]:
         return student_times(steps, self.t_max)
 
-    @torch.no_grad()
     def encode(self, vae: AutoencoderDC, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
-        return vae.encode(images.to(vae.dtype), return_dict=False)[0].float() * vae.config.scaling_factor
+        return DeepCompression(vae.config).encode(vae, images)
 
-    @torch.no_grad()
     def decode(self, vae: AutoencoderDC, latents: Tensor) -> Tensor:
         """Scaled latents xbar_0 [N, C, h, w] -> images [N, 3, H, W] in about [-1, 1], fp32."""
-        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+        return DeepCompression(vae.config).decode(vae, latents)
 
     def load_transformer(self, dtype: torch.dtype) -> SanaTransformer2DModel:
         """Raises UserError where it, or the VAE and the scheduler beside it, are not supported."""

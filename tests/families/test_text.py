@@ -29,7 +29,7 @@ def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Pa
     text = RecordedConditions(pipe, family, tiny.size)
     condition, null = family.encode(tiny.pipe, tiny.prompts, **tiny.size)
     same(text(tiny.prompts), condition)
-    other = text.null(tiny.prompts[0])
+    other = text.null_prompt
     assert (other is None) == (null is None)
     if other is not None and not family.ragged:  # of which a null prompt has its own length
         assert null is not None

@@ -85,6 +85,7 @@ class Family:
         prompts: a list of prompts as arguments of the pipeline.
         guided: what else makes it run both branches; `unguided`: what makes it run one.
         sized: whether its call takes a height and a width.
+        example: a prompt that any of its pipelines takes.
         times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
             the number of steps, "terminal" the same from noise to where its scheduler is told to end.
     """
@@ -107,6 +108,7 @@ class Family:
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
     sized: bool = True
+    example: str = "a picture"
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:
         """The condition of P prompts, and that of the unconditional branch (P too; None where there is none), as the

@@ -113,6 +113,17 @@ class FamilyPipeline:
         """Arguments of the pipeline's call."""
         return {"height": self.image_size, "width": self.image_size} if self.family.sized else {}
 
+    @property
+    def trained_size(self) -> int:
+        """Pixels, both ways, as far as the network's configuration tells."""
+        side = self.network_config.get("sample_size")
+        return int(side) * self._factor if isinstance(side, int) else self.image_size
+
+    @property
+    def scaling_factor(self) -> float:
+        """Of the autoencoder's configuration, 1 without one."""
+        return float(self.codec.config.get("scaling_factor") or 1.0)
+
     def few_steps(self, steps: int) -> FewSteps:
         """How plain diffusers runs its student."""
         return few_steps(self.family, self.formulation, self.scheduler, steps)

@@ -50,7 +50,9 @@ ROWS = (
         times="grid",
         sized=False,
     ),
-    Family("DiTPipeline", formulation=diffusion, prompts=_labels, null_first=False, times="grid", sized=False),
+    Family(
+        "DiTPipeline", formulation=diffusion, prompts=_labels, null_first=False, times="grid", sized=False, example="0"
+    ),
     Family("PixArtAlphaPipeline", formulation=diffusion),
     Family("PixArtSigmaPipeline", formulation=diffusion),
     Family("StableDiffusion3Pipeline"),

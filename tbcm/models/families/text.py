@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import diffusers
@@ -14,26 +15,34 @@ from tbcm.method.types import Condition
 from tbcm.models.families.family import Family
 from tbcm.models.families.recording import execution_on
 
-_UNUSED = "safety_checker", "feature_extractor", "image_encoder"
+UNUSED = "safety_checker", "feature_extractor", "image_encoder"
 
 
 class RecordedConditions:
-    """What a pipeline tells its network of prompts, on the pipeline's device.
+    """What a pipeline tells its network of prompts, on the pipeline's device (see `tbcm.rollouts.Text`).
 
     Args:
         pipe: the pipeline, as `encoders_of` loads it.
         size: the arguments of its call that say how large images are, such as height and width.
     """
 
+    null_mask = "own"
+
     def __init__(self, pipe: Any, family: Family, size: Mapping[str, Any]) -> None:
         self.pipe, self.family, self.size = pipe, family, dict(size)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return [part for part in parts if not any(p.is_meta for p in part.parameters())]
 
     def __call__(self, prompts: Sequence[str]) -> Condition:
         return self.family.encode(self.pipe, list(prompts), **self.size)[0]
 
-    def null(self, prompt: str) -> Condition | None:
-        """Of the unconditional branch, for one prompt (any); None for a network without one."""
-        return self.family.encode(self.pipe, [prompt], **self.size)[1]
+    @cached_property
+    def null_prompt(self) -> Condition | None:
+        """Of the unconditional branch, for one prompt; None for a network without one."""
+        return self.family.encode(self.pipe, [self.family.example], **self.size)[1]
 
 
 def encoders_of(
@@ -46,7 +55,7 @@ def encoders_of(
     }
     cls = getattr(diffusers, index["_class_name"])
     taken = inspect.signature(cls.__init__).parameters
-    left_out: dict[str, Any] = {part: None for part in _UNUSED if part in taken}
+    left_out: dict[str, Any] = {part: None for part in UNUSED if part in taken}
     if "requires_safety_checker" in taken:
         left_out["requires_safety_checker"] = False
     pipe = cls.from_pretrained(location, torch_dtype=dtype, **hollow, **left_out, **options)
