@@ -110,6 +110,12 @@ class DiffusersNetwork(nn.Module):
         visit(self.backbone)
         return found
 
+    def train(self, mode: bool = True) -> DiffusersNetwork:
+        """The backbone stays as it is sampled: dropout, of labels too, would make a value and its tangent differ."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def forward(
         self,
         u: Tensor,

@@ -84,7 +84,7 @@ class Family:
         null_first: whether the unconditional branch comes first in a batch of both.
         prompts: a list of prompts as arguments of the pipeline.
         guided: what else makes it run both branches; `unguided`: what makes it run one.
-        sized: whether its call takes a height and a width.
+        sized: whether its call takes a height and a width; `always`: what else it is to be told.
         example: a prompt that any of its pipelines takes.
         times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
             the number of steps, "terminal" the same from noise to where its scheduler is told to end.
@@ -108,6 +108,7 @@ class Family:
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
     sized: bool = True
+    always: Mapping[str, Any] = field(default_factory=dict)
     example: str = "a picture"
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:

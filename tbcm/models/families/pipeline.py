@@ -109,9 +109,10 @@ class FamilyPipeline:
         return self.family.layout.shape(self.latents)
 
     @property
-    def size(self) -> dict[str, int]:
+    def size(self) -> dict[str, Any]:
         """Arguments of the pipeline's call."""
-        return {"height": self.image_size, "width": self.image_size} if self.family.sized else {}
+        sides = {"height": self.image_size, "width": self.image_size} if self.family.sized else {}
+        return {**sides, **self.family.always}
 
     @property
     def trained_size(self) -> int:

@@ -35,6 +35,8 @@ def _labels(prompts: Any) -> dict[str, Any]:
 
 
 _UNET: dict[str, Any] = {"network": "unet", "sample": "sample", "formulation": diffusion}
+_NO_BINS = {"use_resolution_binning": False}
+"""Images of the size that is asked for, not of the nearest of a list."""
 _IDS = ("img_ids", "txt_ids")
 
 ROWS = (
@@ -53,10 +55,10 @@ ROWS = (
     Family(
         "DiTPipeline", formulation=diffusion, prompts=_labels, null_first=False, times="grid", sized=False, example="0"
     ),
-    Family("PixArtAlphaPipeline", formulation=diffusion),
-    Family("PixArtSigmaPipeline", formulation=diffusion),
+    Family("PixArtAlphaPipeline", formulation=diffusion, always=_NO_BINS),
+    Family("PixArtSigmaPipeline", formulation=diffusion, always=_NO_BINS),
     Family("StableDiffusion3Pipeline"),
-    Family("SanaPipeline", formulation=_sana_time),
+    Family("SanaPipeline", formulation=_sana_time, always=_NO_BINS),
     Family("WanPipeline", layout=Video(), times="terminal"),
     Family("CogView4Pipeline", formulation=_cogview4_time, ragged=("encoder_hidden_states",), times="timesteps"),
     Family("AuraFlowPipeline", formulation=unit_flow),
