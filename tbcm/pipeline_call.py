@@ -74,7 +74,7 @@ def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: to
     """As `call_of`, for a student of any other family: the teacher's own pipeline class, told its times."""
     few = pipeline.few_steps(steps)
     guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
-    arguments = {**pipeline.family.prompts(["a red panda"]), **few.arguments, **guidance, **pipeline.size}
+    arguments = {**pipeline.family.prompts([pipeline.family.example]), **few.arguments, **guidance, **pipeline.size}
     lines = [
         "import torch, diffusers",
         "",

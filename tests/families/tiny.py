@@ -117,14 +117,14 @@ def language_model(model: Any, config: Any) -> Any:
     )
 
 
-def kl(channels: int = 4, **options: Any) -> Any:
-    """Latents of half the image's side."""
+def kl(channels: int = 4, halvings: int = 1, **options: Any) -> Any:
+    """Latents of half the image's side, or halved again."""
     return d.AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8,) * (halvings + 1),
+        down_block_types=["DownEncoderBlock2D"] * (halvings + 1),
+        up_block_types=["UpDecoderBlock2D"] * (halvings + 1),
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=2,
@@ -133,8 +133,8 @@ def kl(channels: int = 4, **options: Any) -> Any:
     )
 
 
-def flux_kl() -> Any:
-    return kl(shift_factor=0.1159, scaling_factor=0.3611)
+def flux_kl(halvings: int = 1) -> Any:
+    return kl(halvings=halvings, shift_factor=0.1159, scaling_factor=0.3611)
 
 
 def flow_scheduler(**options: Any) -> Any:
@@ -379,7 +379,7 @@ def lumina2() -> Tiny:
         d.Lumina2Pipeline(
             transformer=net,
             scheduler=flow_scheduler(shift=6.0),
-            vae=flux_kl(),
+            vae=flux_kl(3),  # its pipeline counts with no other
             text_encoder=encoder,
             tokenizer=words(256),
         ),

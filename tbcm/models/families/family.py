@@ -109,7 +109,7 @@ class Family:
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
     sized: bool = True
     always: Mapping[str, Any] = field(default_factory=dict)
-    example: str = "a picture"
+    example: str = "a red panda"
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:
         """The condition of P prompts, and that of the unconditional branch (P too; None where there is none), as the
