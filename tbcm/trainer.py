@@ -22,6 +22,7 @@ from tbcm.errors import UserError
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Trajectory
+from tbcm.models.network import DiffusersNetwork
 from tbcm.preview import Previewer
 from tbcm.rollouts import Batch
 from tbcm.runtime import checkpoint, distributed
@@ -196,7 +197,7 @@ class Trainer:
 
         Returns whether it was asked to stop (Ctrl-C, SIGTERM).
         """
-        logger.info("%s", describe(self.config, self.device))
+        logger.info("%s", describe(self.config, self.device, isinstance(self.student, DiffusersNetwork)))
         steps, log_every, save_every = self.config.train.steps, self.config.log.every, self.config.checkpoint.every
         preview_every = self.config.log.preview_every
         self._clock = time.monotonic(), self.step
@@ -329,12 +330,12 @@ class Trainer:
         logger.info("resumed after step %d", self.step)
 
 
-def describe(config: Config, device: torch.device) -> str:
-    """What the switches come to on this machine, in a line."""
+def describe(config: Config, device: torch.device, general: bool = False) -> str:
+    """What the switches come to on this machine, in a line. `general`: of a backbone without tangents of its own."""
     student, teacher = config.student, config.teacher
     parts = [
         f"{device.type}: student in {_precision(student.precision, device)}",
-        f"{student.tangent} {student.derivative} tangents",
+        f"{student.tangent} {'jvp' if general else student.derivative} tangents",
         f"checkpointing {student.checkpointing}",
         "compiled" if switch(student.compile, device) else "eager",
         f"teacher in {_precision(teacher.precision, device)}",
