@@ -20,7 +20,7 @@ from torch import Tensor
 from tbcm.build import Parts
 from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
-from tbcm.models.loading import encode_images
+from tbcm.models.pipeline import Pipeline
 from tbcm.rollouts import Batch, GuidedTeacher, draw
 from tbcm.runtime import distributed
 from tbcm.trainer import Trainer
@@ -55,6 +55,7 @@ def parts() -> Parts:
     return tiny_parts(tiny_config(Path("unused")))
 
 
+FILES = Pipeline("unused")
 VAE = tiny_vae().eval().requires_grad_(False)
 
 
@@ -68,7 +69,7 @@ def make(parts: Parts, **options: Any) -> NoisedLatents:
         "prompts_per_step": PER_STEP,
     }
     teacher = GuidedTeacher(parts.teacher, parts.text, nullcontext)
-    return NoisedLatents(teacher, parts.text, VaeLatents(VAE, Images()), **{**arguments, **options})
+    return NoisedLatents(teacher, parts.text, VaeLatents(FILES, VAE, Images(), CPU), **{**arguments, **options})
 
 
 def joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def test_a_batch_is_noised_latents_with_the_guided_teachers_velocity(parts: Part
     states = torch.stack([parts.text([c]).tensors["embeds"][0] for c in PROMPTS])  # which captions are these?
     captions = [PROMPTS[int((states == e).flatten(1).all(1).nonzero())] for e in batch.condition.tensors["embeds"]]
     assert len(set(captions)) == n
-    xbar0 = torch.cat([encode_images(VAE, picture(c)[None]) for c in captions])  # in scaled latent units
+    xbar0 = torch.cat([FILES.encode(VAE, picture(c)[None]) for c in captions])  # in scaled latent units
     torch.testing.assert_close(path.x0, SIGMA * xbar0, rtol=1e-4, atol=1e-5)
     t = path.t[:, 0, None, None, None]
     x = path.x[:, 0]
@@ -165,7 +166,7 @@ def trainer(out: Path, **options: Any) -> Trainer:
     config = tiny_config(
         out, method={"name": "scm"}, data={"images": "unused"}, train={"steps": 3, **options}, log={"every": 1}
     )
-    return Trainer(config, CPU, replace(tiny_parts(config), latents=VaeLatents(VAE, Images()), vae=VAE))
+    return Trainer(config, CPU, replace(tiny_parts(config), latents=VaeLatents(FILES, VAE, Images(), CPU), vae=VAE))
 
 
 def test_the_trainer_trains_on_them(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbcm.build import pipeline_of
 from tbcm.config import Route
 from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, route_of, teacher_config
+from tbcm.method.trigflow import T_MAX
 from tbcm.rollouts import draw_route
 from tbcm.runtime.seeding import generator
 
@@ -34,7 +34,7 @@ def make(request: Request) -> Drawing:
     config = teacher_config(request.source)
     points, t_max, sigma_data = (
         request.one_steps(config.method.route.points),
-        pipeline_of(config).t_max,
+        T_MAX,
         config.method.sigma_data,
     )
     figure = style.page(1040)

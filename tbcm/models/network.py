@@ -85,6 +85,11 @@ class DiffusersNetwork(nn.Module):
             self._run = torch.compile(self._compute, fullgraph=True, dynamic=False, options=fold_options())
 
     @property
+    def t_max(self) -> float:
+        """Where generation starts."""
+        return self.formulation.t_max
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what is trained on."""
         return self.family.layout.shape(self.latents)

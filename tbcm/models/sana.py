@@ -19,7 +19,7 @@ from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 
 from tbcm.method.rollout import Velocity, guided
-from tbcm.method.trigflow import flow_input, flow_output, flow_time
+from tbcm.method.trigflow import T_MAX, flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.checkpointing import full_checkpoint, selective_checkpoint
 from tbcm.models.dual import activations_dtype, dual, tangent_rule
@@ -91,6 +91,11 @@ class SanaTrigFlow(nn.Module):
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             options = fold_options() if derivative == "jvp" else None
             self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)
+
+    @property
+    def t_max(self) -> float:
+        """Where generation starts: Sana is trained by flow matching."""
+        return T_MAX
 
     @property
     def embeds_guidance(self) -> bool:

@@ -39,7 +39,7 @@ def test_speed_divides_images_by_medians(tmp_path: Any, monkeypatch: pytest.Monk
         clock.work(("text", len(prompts)), 0.125 * len(prompts) * scatter)
         return len(prompts)
 
-    def decode(vae: object, latents: Tensor, compression: int) -> Any:
+    def decode(pipeline: object, vae: object, latents: Tensor) -> Any:
         clock.work(("decode", len(latents)), 1.0 * len(latents))
         yield latents
 
