@@ -55,7 +55,7 @@ def by_definition(trainer: Trainer) -> list[Tensor]:
     adversary, sigma = adversary_of(trainer), trainer.config.method.sigma_data
     (batch,) = trainer.source(0)
     x0, condition, w = batch.trajectory.x0, batch.condition, batch.trajectory.guidance
-    d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.config.teacher.t_max, CPU)
+    d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.teacher.t_max, CPU)
     t, s = (angle[:, None, None, None] for angle in (d.t, d.fake_s))
     x_t = t.cos() * x0 + t.sin() * sigma * d.z
     fake = t.cos() * x_t - t.sin() * sigma * trainer.student(x_t / sigma, d.t, condition, w).F
@@ -84,7 +84,7 @@ def test_reals_are_noised_to_times_of_their_own(tmp_path: Path) -> None:
     adversary, sigma = adversary_of(trainer), trainer.config.method.sigma_data
     (batch,) = trainer.source(0)
     x0, condition, w = batch.trajectory.x0, batch.condition, batch.trajectory.guidance
-    d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.config.teacher.t_max, CPU)
+    d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.teacher.t_max, CPU)
     adversary.loss(trainer.wrapped, batch, 0, 0)
     learnt = adversary.learn(last=True)
     s = d.real_s[:, None, None, None]
@@ -92,7 +92,7 @@ def test_reals_are_noised_to_times_of_their_own(tmp_path: Path) -> None:
     with torch.no_grad():
         real = adversary.heads(trainer.teacher.features(x_s / sigma, d.real_s, condition, w, adversary.layers), (8, 8))
     torch.testing.assert_close(learnt["real_score"], real.mean(), rtol=1e-4, atol=1e-6)
-    many = draw_adversarial(0, 0, 20_000, (1,), trainer.config.method, trainer.config.teacher.t_max, CPU)
+    many = draw_adversarial(0, 0, 20_000, (1,), trainer.config.method, trainer.teacher.t_max, CPU)
     a, b = (torch.log(sigma * torch.tan(times.double())) for times in (many.fake_s, many.real_s))
     assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.03  # standard error 0.007
     for times in (a, b):

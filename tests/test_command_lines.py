@@ -179,7 +179,7 @@ def test_prompt_files(call: Run, config: Path, tmp_path: Path) -> None:
     assert_one_line(given(None, "missing.txt"), "missing.txt")
     assert_one_line(given(b""), "p.txt", "no prompts")
     assert_one_line(given("a caf\xe9\n".encode("latin-1")), "p.txt", "UTF-8")
-    assert_one_line(given(b"fine\n\0\0\n"), "p.txt", "NUL")
+    assert_one_line(given(b"fine\n\0\0\n"), "p.txt", "line 2", "is not text")
     assert_one_line(given(b"x", "p.docx"), "p.docx", ".txt")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

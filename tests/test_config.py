@@ -94,7 +94,7 @@ def test_overrides_win_and_take_yaml(tmp_path: Path) -> None:
         ("method.guidance=[]", ["method.guidance", "[]", "at least 1"]),
         ("method.r.final=1.5", ["method.r.final", "1.5", "less than or equal to 1"]),
         ("optimizer.betas=[0.9]", ["optimizer", "0.9", "3 betas"]),
-        ("teacher.t_max=2", ["teacher.t_max", "2", "less than or equal to 1.57"]),
+        ("ema.sigma_rel=2", ["ema.sigma_rel", "2", "less than 0.28"]),
         ("student=fast", ["student", "'fast'"]),
         ("train.steps.more=1", ["train.steps", "integer"]),
         ("nonsense", ["nonsense", "key=value"]),

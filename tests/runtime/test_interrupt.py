@@ -4,10 +4,20 @@ import errno
 import faulthandler
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from tbcm.runtime.interrupt import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal() -> Iterator[None]:
+    """nohup ignores SIGHUP for all that it starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 SIGNALS = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR1", "USR2", "XCPU")]
 
