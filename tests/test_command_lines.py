@@ -315,6 +315,7 @@ def test_a_closed_terminal_saves(config: Path, tmp_path: Path) -> None:
 def train_in_a_terminal_that_closes(arguments: list[str], log: Path, said: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may have been started by nohup
         sys.argv = ["tbcm.train", *arguments]
         os._exit(train.main())
     os.set_blocking(terminal, False)
