@@ -141,7 +141,7 @@ def test_training_loads_no_vae_and_no_images(home: Path, tmp_path: Path, monkeyp
         raise AssertionError("a VAE was loaded")
 
     monkeypatch.setattr(AutoencoderDC, "from_pretrained", refuse)
-    with pytest.raises(AssertionError, match="a VAE was loaded"):
+    with pytest.raises(UserError, match="a VAE was loaded"):
         trained(home, tmp_path / "images")
     monkeypatch.setattr("tbcm.build.open_images", refuse)
     trained(home, tmp_path / "latents", *from_latents(home / "fp32"))

@@ -181,6 +181,8 @@ def test_a_preview_that_fails_is_a_warning(
         raise UserError("no VAE here")
 
     monkeypatch.setattr(Pipeline, "load_vae", fail)
+    monkeypatch.setattr(Pipeline, "index", {"_class_name": "SanaPipeline"})
+    monkeypatch.setattr(Pipeline, "config", lambda self, part: {"in_channels": 4})
     monkeypatch.setattr(Pipeline, "compression", 8)
     monkeypatch.setattr(Pipeline, "sampling_shift", 1.0)
     trainer = make(tmp_path, log={"preview_every": 2})
