@@ -49,7 +49,7 @@ def test_velocity_and_step_are_the_pipelines_own(name: str) -> None:
         if null is None:
             F = net(u, times, condition, w).F
         else:
-            F = net.guided(u, times, condition, null, w)
+            F = net.guided(condition, null, w)(u, times)
         answer = family.layout.unpack(step.answer[:count], latents)
         own = formulation.native(u, times, F) * getattr(formulation, "sign", 1)  # what a scheduler expects of any
         torch.testing.assert_close(own.to(answer.dtype), answer, rtol=0, atol=tolerance(answer, 1e-6))
