@@ -1,4 +1,4 @@
-# make demo    distil the shipped emoji teacher on a CPU and report (about 10 minutes after the installation)
+# make demo    distil the shipped icons teacher on a CPU and report (about 10 minutes after the installation)
 # make test    the tests            make lint    ruff and mypy            make clean    remove what was made
 # make fuzz    feed every reader of data with 20,000 damaged files (half an hour); INPUTS=100000 SEED=7 for others
 # make soak    kill a run 30 times at random moments; it must end as if nobody had (a quarter of an hour)
@@ -17,11 +17,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade "pip>=24"
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[emoji,dev]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[icons,dev]"
 	touch $@
 
 demo: $(VENV)/installed
-	$(RUN) -m tbcm.emoji.demo --out runs/demo
+	$(RUN) -m tbcm.icons.demo --out runs/demo
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal

@@ -13,7 +13,7 @@ from tbcm.config import Config, parse_config
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "sana-600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
     "sana-1600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
-    "emoji": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
+    "icons": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
     "tiny": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
 }
 

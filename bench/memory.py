@@ -1,6 +1,6 @@
 """Peak memory of a training step against the number of samples that it optimises, and against the route's length.
 
-    python bench/memory.py                          # Sana-0.6B on a GPU, the emoji model on a CPU
+    python bench/memory.py                          # Sana-0.6B on a GPU, the icons model on a CPU
     python bench/memory.py --model sana-600m --device cpu --quick
 
 On a GPU it is measured. On a CPU it is accounted: the live tensors of an eager step, run on tensors without data in the

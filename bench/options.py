@@ -19,7 +19,7 @@ def parser(program: str, about: str | None, methods: list[str], quick: str) -> a
     options = argparse.ArgumentParser(
         prog=f"python bench/{program}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, emoji on a CPU")
+    options.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m on CUDA, icons on a CPU")
     options.add_argument("--device", choices=["cuda", "cpu"])
     options.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="ARM", help=", ".join(arms.ARMS))
     options.add_argument("--methods", nargs="+", choices=["tbcm", "scm", "sprint"], default=methods)
@@ -31,7 +31,7 @@ def parser(program: str, about: str | None, methods: list[str], quick: str) -> a
 def machine(arguments: argparse.Namespace) -> tuple[torch.device, str]:
     """The device and the model."""
     device = pick_device(arguments.device)
-    return device, arguments.model or ("sana-600m" if device.type == "cuda" else "emoji")
+    return device, arguments.model or ("sana-600m" if device.type == "cuda" else "icons")
 
 
 def arm_names(arguments: argparse.Namespace, default: list[str], same: Collection[str]) -> list[str]:

@@ -20,16 +20,16 @@ _IN_STEPS = (
     "ema.halflife_steps",
 )
 """Settings that a shorter or longer run takes in proportion."""
-_WARM_UPS = {"emoji.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
+_WARM_UPS = {"icons.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 250 instead of 9, after 4,800 samples). The baselines are not, and do best with theirs."""
 _SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
 _PUBLISHED = {
-    "emoji.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
-    "emoji_scm.yaml": (*_SANA, "method.route.p_mean=0.2"),
-    "emoji_sprint.yaml": (*_SANA, "method.route.p_mean=0.2"),
+    "icons.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
+    "icons_scm.yaml": (*_SANA, "method.route.p_mean=0.2"),
+    "icons_sprint.yaml": (*_SANA, "method.route.p_mean=0.2"),
 }
-"""What all arms but the tuned ones take in the place of what configs/ has for emoji, unless they change it: as
+"""What all arms but the tuned ones take in the place of what configs/ has for icons, unless they change it: as
 published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
 _NO_MATTER = ("out", "log", "checkpoint", "profile", "parallel")
 """Sections that change nothing of the student."""
@@ -47,7 +47,7 @@ class Arm:
 
     name: str
     what: str
-    config: str = "emoji.yaml"
+    config: str = "icons.yaml"
     change: tuple[str, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     net: str = "trained"  # or "teacher", "untrained"
@@ -79,11 +79,11 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("tbcm", "TBCM with the route and guidance embedding published for Sana, r = 1"),
-        Arm("scm", "sCM on the real images", "emoji_scm.yaml"),
-        Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "emoji_sprint.yaml"),
-        Arm("tbcm_tuned", "TBCM as configs/emoji.yaml has it", tuned=True),
-        Arm("scm_tuned", "sCM as configs/emoji_scm.yaml has it", "emoji_scm.yaml", tuned=True),
-        Arm("sprint_tuned", "Sana-Sprint as configs/emoji_sprint.yaml has it", "emoji_sprint.yaml", tuned=True),
+        Arm("scm", "sCM on the real images", "icons_scm.yaml"),
+        Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "icons_sprint.yaml"),
+        Arm("tbcm_tuned", "TBCM as configs/icons.yaml has it", tuned=True),
+        Arm("scm_tuned", "sCM as configs/icons_scm.yaml has it", "icons_scm.yaml", tuned=True),
+        Arm("sprint_tuned", "Sana-Sprint as configs/icons_sprint.yaml has it", "icons_sprint.yaml", tuned=True),
         _route("random"),
         _route("logit_normal"),
         _route("reference"),

@@ -135,7 +135,7 @@ class Results:
         self, tables: Sequence[int], arm: str, recipe: str, seed: int | None, metric: str, value: float, **more: Any
     ) -> None:
         """One figure. `more`: sampling_steps, images and what else is to be told of it."""
-        row: Row = {"table": list(tables), "row": arm, "arm": arm, "model": "emoji", "recipe": recipe, "seed": seed}
+        row: Row = {"table": list(tables), "row": arm, "arm": arm, "model": "icons", "recipe": recipe, "seed": seed}
         row |= {"shape": [3, 64, 64], "device": self.device, "sampling_steps": None, "images": None}
         row |= {"metric": metric, "value": value, **more}
         append(self.bench, row, self.folder)

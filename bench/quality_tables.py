@@ -81,9 +81,9 @@ _OF_METHODS = (
 _ALL = (
     _by_method("methods", "", _SAME_SAMPLES),
     _by_method(
-        "methods, each as tuned on emoji",
+        "methods, each as tuned on icons",
         "_tuned",
-        "The recipes of configs/emoji.yaml, emoji_scm.yaml and emoji_sprint.yaml, in as many steps as the budget of"
+        "The recipes of configs/icons.yaml, icons_scm.yaml and icons_sprint.yaml, in as many steps as the budget of"
         " samples takes: 112 samples a step of TBCM, 120 of the others. As in all its runs here TBCM's r warms up over"
         " half of the steps and its learning rate over a fifth; over the last fifth the latter cools down.",
     ),

@@ -1,6 +1,6 @@
 """How a training step scales over ranks (weak scaling: the same prompts on each), and what it should do on a cluster.
 
-    python bench/scaling.py                              # 1 and 2 ranks; Sana-0.6B on GPUs, the emoji model on a CPU
+    python bench/scaling.py                              # 1 and 2 ranks; Sana-0.6B on GPUs, the icons model on a CPU
     python bench/scaling.py --model tiny --ranks 1 2 4 --quick
     python bench/scaling.py --predict                    # a model of 4 nodes x 8 GPUs: nothing is measured
 
@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python bench/scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m, on a CPU emoji")
+    parser.add_argument("--model", choices=sorted(arms.MODELS), help="default: sana-600m, on a CPU icons")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="one is measured beside any number")
     parser.add_argument("--modes", nargs="+", choices=["ddp", "fsdp"], default=["ddp", "fsdp"])

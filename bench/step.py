@@ -1,6 +1,6 @@
 """Time of a training step, arm by arm: what each change gives.
 
-    python bench/step.py                        # Sana-0.6B on a GPU, the emoji model on a CPU
+    python bench/step.py                        # Sana-0.6B on a GPU, the icons model on a CPU
     python bench/step.py --model tiny --quick
     python bench/step.py --kernels              # on a GPU: `fast` without all, and without each of the fused operators
 

@@ -93,7 +93,7 @@ def markdown(budget: int, results: Results) -> str:
         [
             "### Table 3: what a sample costs",
             table(rows, shown),
-            f"Emoji, with the published settings of Table 2: {ROUNDS} steps of each method in turns, in one process, on"
+            f"Icons, with the published settings of Table 2: {ROUNDS} steps of each method in turns, in one process, on"
             " random weights; medians, and the ratio's median with the 20 % and 80 % quantiles over rounds. On a CPU"
             " memory is accounted: the live tensors of an eager step in a GPU's precision, teacher, text encoder and"
             " VAE among them. Sana-0.6B: accounted, our re-implementation of the published way at 1024 px,"

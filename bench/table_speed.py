@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import quality
-from quality_emoji import SPEED_BATCH, EmojiRunner
+from quality_icons import SPEED_BATCH, IconRunner
 from quality_runs import Results, Run, runs_of
 from quality_tables import TABLES
 from rows import Row
@@ -19,7 +19,7 @@ NOTE = (
 )
 
 
-def measure(results: Results, runner: EmojiRunner, budget: int) -> None:
+def measure(results: Results, runner: IconRunner, budget: int) -> None:
     found = {(row["arm"], row["sampling_steps"]) for row in results.rows() if row["metric"] == "latency"}
     lacking = [(run, steps) for run in _runs(budget) for steps in run.samplings if (run.arm.name, steps) not in found]
     for run, steps in tqdm(lacking, desc="speed", unit="sampler", disable=None):

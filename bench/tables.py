@@ -1,4 +1,4 @@
-"""The paper's tables 2 to 7 on emoji: equal numbers of optimised samples, several seeds, and what they decide.
+"""The paper's tables 2 to 7 on icons: equal numbers of optimised samples, several seeds, and what they decide.
 
     python bench/tables.py --table 4                        # runs what is missing, then prints the table
     python bench/tables.py --report                         # all tables from what has been measured so far
@@ -24,7 +24,7 @@ import table_speed
 import table_tuning
 import torch
 from measure import quiet
-from quality_emoji import EmojiRunner
+from quality_icons import IconRunner
 from quality_runs import Results, Wanted
 from quality_tables import TABLES
 from rows import RESULTS
@@ -119,13 +119,13 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     return problems
 
 
-def _runner(arguments: argparse.Namespace, device: torch.device) -> EmojiRunner:
+def _runner(arguments: argparse.Namespace, device: torch.device) -> IconRunner:
     base = load_config(quality.CONFIGS / quality.ARMS["tbcm"].config)
-    return EmojiRunner(base, arguments.images, arguments.runs / "references", device)
+    return IconRunner(base, arguments.images, arguments.runs / "references", device)
 
 
 def _do(
-    wanted: list[Wanted], seeds: range, results: Results, arguments: argparse.Namespace, runner: EmojiRunner
+    wanted: list[Wanted], seeds: range, results: Results, arguments: argparse.Namespace, runner: IconRunner
 ) -> list[str]:
     names = list(dict.fromkeys(arm.name for arm, *_ in wanted))
     if unknown := [name for name in arguments.only or [] if name not in names]:

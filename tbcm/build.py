@@ -203,9 +203,9 @@ def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adver
 def build_prompts(config: Config) -> PromptSource:
     """Kept in the run's folder: checkpoints need it to be shared by all nodes anyway."""
     path = config.data.prompts
-    shipped = resources.files("tbcm.emoji") / "assets" / "prompts.txt"
+    shipped = resources.files("tbcm.icons") / "assets" / "prompts.txt"
     return load_prompts(
-        str(shipped) if path == "emoji" else path, config.data.column, folder=Path(config.out) / "prompts"
+        str(shipped) if path == "icons" else path, config.data.column, folder=Path(config.out) / "prompts"
     )
 
 

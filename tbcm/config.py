@@ -26,12 +26,12 @@ class Section(BaseModel):
 class Teacher(Section):
     """The frozen network that is distilled, and its properties that no file states."""
 
-    path: UserPath = Field(description="'emoji' (shipped), a diffusers folder, or a hub id")
+    path: UserPath = Field(description="'icons' (shipped), a diffusers folder, or a hub id")
     revision: str | None = None
     variant: str | None = Field(
         None, description="of the weights' files, such as bf16; default: the plain ones, or the only ones there are"
     )
-    architecture: Literal["sana-600m", "sana-1600m", "emoji", "tiny"] | None = Field(
+    architecture: Literal["sana-600m", "sana-1600m", "icons", "tiny"] | None = Field(
         None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
     )
     precision: Precision = Field(
@@ -81,7 +81,7 @@ class Text(Section):
 
 class Data(Section):
     prompts: UserPath = Field(
-        description="'emoji' (shipped), a .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file, a folder of them,"
+        description="'icons' (shipped), a .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file, a folder of them,"
         " or a pattern such as parts/*.parquet"
     )
     column: str = Field(
@@ -89,7 +89,7 @@ class Data(Section):
     )
     images: UserPath | None = Field(
         None,
-        description="for the baselines (method.name): 'emoji' (shipped), a folder of images with a metadata.jsonl or a"
+        description="for the baselines (method.name): 'icons' (shipped), a folder of images with a metadata.jsonl or a"
         " .txt beside each, WebDataset shards such as shards/*.tar, or .parquet files with images",
     )
     caption_column: str = Field("text", description="the column of the captions in that file, or in the shards' .json")
@@ -293,7 +293,7 @@ class Config(Section):
     def _fits_together(self) -> Self:
         if self.method.name != "tbcm" and (self.data.images is None) == (self.data.latents is None):
             raise ValueError(
-                f"method.name={self.method.name} needs data.images ('emoji', a folder of images with a metadata.jsonl,"
+                f"method.name={self.method.name} needs data.images ('icons', a folder of images with a metadata.jsonl,"
                 " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
             )
         if self.method.name == "sprint" and self.teacher.fp8:

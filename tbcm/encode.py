@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "prompts", type=source_argument, help="'emoji', or files as in data.prompts (data.column: which column)"
+        "prompts", type=source_argument, help="'icons', or files as in data.prompts (data.column: which column)"
     )
     parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as text.max_tokens=120")

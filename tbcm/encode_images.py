@@ -30,7 +30,7 @@ examples:
   torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana.yaml latents data.images=FOLDER
   torchrun --nproc_per_node 8 -m tbcm.train configs/sana.yaml method.name=scm data.latents=latents
 
-data.images is 'emoji', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column)
+data.images is 'icons', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column)
 or a .txt beside each, .parquet files with images inside,
 or WebDataset shards: a folder of .tar files, 'shards/*.tar' or 'shards/{00000..00041}.tar', of 0001.jpg (.png, .webp)
 and 0001.txt (or .json, with data.caption_column). docs/data.md has all of it. data.max_bad_share may be bad.
@@ -87,7 +87,7 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
     assert data.images is not None
     made_with = {
         **latents_identity(config),
-        "data.images": data.images if data.images == "emoji" else os.path.realpath(data.images),
+        "data.images": data.images if data.images == "icons" else os.path.realpath(data.images),
         "data.caption_column": data.caption_column,
         "computed_in": str(vae_weights(config, device)).removeprefix("torch."),
         "dtype": dtype,

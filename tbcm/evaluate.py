@@ -15,15 +15,15 @@ from tbcm.runtime import failure
 EVALUATIONS = Path("evaluation")
 EPILOG = """
 examples:
-  python -m tbcm.evaluate runs/emoji --steps 1 2 4
-  python -m tbcm.evaluate emoji --teacher --steps 20
+  python -m tbcm.evaluate runs/icons --steps 1 2 4
+  python -m tbcm.evaluate icons --teacher --steps 20
   torchrun --nproc_per_node 8 -m tbcm.evaluate runs/sana --reference MJHQ-30K --images 30000 --steps 1 2
   python -m tbcm.evaluate exported --agree-with TEACHER --prompts prompts.txt --metrics agreement speed
 
 metrics (default: all for which there is what they need):
-  distance   KID and FID. Emoji: to the shipped real images and to the teacher's samples, on EfficientNet-Lite0
+  distance   KID and FID. Icons: to the shipped real images and to the teacher's samples, on EfficientNet-Lite0
              features. Others: to --reference, on Inception features (--inception, else downloaded).
-  text       alignment with the captions. Emoji: a ridge map to MiniLM's space. Others: CLIP score (--clip).
+  text       what the captions say. Icons: concept, colours and style, coverage and recall. Others: CLIP score (--clip).
   agreement  error of the latents to the teacher's 20-step ones from the same noise. Needs no images.
   speed      throughput at --batch and latency of one image, each with and without decoding; text encoding apart.
 
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'"
+        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'icons'"
     )
     parser.add_argument("--teacher", action="store_true", help="the run's teacher, or a pipeline that is one")
     parser.add_argument("--steps", type=int, nargs="+", help="default: 1, or 20 for a teacher")

@@ -124,7 +124,7 @@ def decode_in_parts(vae: AutoencoderDC, latents: Tensor, compression: int) -> It
 
 
 def open_sampler(path: str, *, teacher: bool = False, average: bool = True, device: str | None = None) -> Sampler:
-    """From a run, a pipeline folder, a hub id or 'emoji'. `teacher`: a run's teacher, or a folder that is one."""
+    """From a run, a pipeline folder, a hub id or 'icons'. `teacher`: a run's teacher, or a folder that is one."""
     place = pick_device(device)
     source = open_source(path)
     net = build_teacher(source.config, place) if teacher else load_student(source, place, average=average)

@@ -49,14 +49,14 @@ def _at_home(text: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """Its absolute path, links followed, where `path` names something on this disk: else (a hub id, a pattern, 'emoji')
+    """Its absolute path, links followed, where `path` names something on this disk: else (a hub id, a pattern, 'icons')
     `path` itself."""
-    found = path != "emoji" and os.path.exists(path)  # noqa: PTH110 (Path.exists raises where it may not look)
+    found = path != "icons" and os.path.exists(path)  # noqa: PTH110 (Path.exists raises where it may not look)
     return os.path.realpath(path) if found else path
 
 
 UserPath = Annotated[str, AfterValidator(user_path), AfterValidator(resolved)]
-"""A path, hub id, pattern or 'emoji' in a configuration. Resolved, so that a run's configuration means the same from
+"""A path, hub id, pattern or 'icons' in a configuration. Resolved, so that a run's configuration means the same from
 everywhere."""
 
 UserFolder = Annotated[str, AfterValidator(user_path), AfterValidator(os.path.realpath)]
@@ -64,7 +64,7 @@ UserFolder = Annotated[str, AfterValidator(user_path), AfterValidator(os.path.re
 
 
 def source_argument(text: str) -> str:
-    """A path, hub id or 'emoji' on a command line. Raises UserError."""
+    """A path, hub id or 'icons' on a command line. Raises UserError."""
     try:
         return user_path(text)
     except ValueError as error:

@@ -11,8 +11,8 @@ from tbcm.paths import path_argument, source_argument, text_argument
 
 EPILOG = """
 examples:
-  python -m tbcm.sample runs/emoji "red panda, noto" "pizza, fluent" --steps 1
-  python -m tbcm.sample emoji "red panda, noto" --teacher --steps 20
+  python -m tbcm.sample runs/icons "solid red heart on white" "outline blue key" --steps 1
+  python -m tbcm.sample icons "solid red heart on white" --teacher --steps 20
 """
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'emoji'"
+        "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'icons'"
     )
     parser.add_argument("prompts", nargs="+", type=text_argument, help="one image each")
     parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")

@@ -60,19 +60,19 @@ def open_source(path: str) -> Source:
 
 
 def _config_of_pipeline(path: str) -> Config:
-    """For a pipeline that this package did not write: the emoji stand-in, else Sana's conventions."""
+    """For a pipeline that this package did not write: the icons stand-in, else Sana's conventions."""
     pipeline = Pipeline(path)
-    emoji = path == "emoji"
+    icons = path == "icons"
     return parse_config(
         {
             "out": "unused",
             "teacher": {
                 "path": path,
-                "null_mask": "own" if emoji else "conditional",
+                "null_mask": "own" if icons else "conditional",
                 "image_size": pipeline.config("transformer")["sample_size"] * pipeline.compression,
             },
-            "text": {"encoder": "minilm", "max_tokens": 16} if emoji else {},
-            "method": {"guidance": [4.0]} if emoji else {},
+            "text": {"encoder": "minilm", "max_tokens": 16} if icons else {},
+            "method": {"guidance": [2.5]} if icons else {},
             "data": {"prompts": "unused"},
         },
         path,

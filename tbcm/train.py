@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 EPILOG = """
 examples:
-  python -m tbcm.train configs/emoji.yaml
-  python -m tbcm.train configs/emoji.yaml train.steps=500 optimizer.lr=5e-5 out=runs/try
+  python -m tbcm.train configs/icons.yaml
+  python -m tbcm.train configs/icons.yaml train.steps=500 optimizer.lr=5e-5 out=runs/try
   torchrun --nnodes 4 --nproc_per_node 8 -m tbcm.train configs/sana.yaml data.prompts=prompts.parquet
 """
 
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=path_argument, help="a YAML file, such as configs/emoji.yaml")
+    parser.add_argument("config", type=path_argument, help="a YAML file, such as configs/icons.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",

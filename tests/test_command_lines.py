@@ -23,11 +23,11 @@ from tiny import metrics, write_config, write_teacher
 from warm_processes import started
 
 from tbcm import encode, encode_images, evaluate, export, sample, train
-from tbcm.emoji import autoencoder, dataset, demo
-from tbcm.emoji import teacher as emoji_teacher
 from tbcm.errors import UserError
 from tbcm.figures import __main__ as figures
 from tbcm.generation import open_sampler
+from tbcm.icons import autoencoder, dataset, demo
+from tbcm.icons import teacher as icons_teacher
 from tbcm.paths import path_argument, source_argument, text_argument
 from tbcm.runtime import checkpoint
 
@@ -109,13 +109,13 @@ def test_print_config_loads_nothing_and_is_a_configuration(call: Run, config: Pa
     assert call(train.main, again, "--print-config")[1] == out
 
 
-@pytest.mark.parametrize("name", ["sana-600m", "emoji"])
+@pytest.mark.parametrize("name", ["sana-600m", "icons"])
 def test_dry_run_counts_parameters_flops_and_memory(call: Run, name: str) -> None:
-    path = ROOT / "configs" / ("emoji.yaml" if name == "emoji" else "sana_1gpu.yaml")
+    path = ROOT / "configs" / ("icons.yaml" if name == "icons" else "sana_1gpu.yaml")
     few = ["method.route.points=2", "train.prompts_per_step=1"]
     code, out, _ = call(train.main, path, "--dry-run", "--device", "cpu", *few)
     assert code == 0 and "accounted, not measured" in out and "TFLOP" in out
-    assert {"sana-600m": "591.9 M parameters", "emoji": "5.3 M parameters"}[name] in out
+    assert {"sana-600m": "591.9 M parameters", "icons": "5.9 M parameters"}[name] in out
 
 
 def test_exported_student_is_a_sana_sprint_pipeline_with_our_latents(call: Run, finished: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ COMMANDS = [
     demo.main,
     dataset.main,
     autoencoder.main,
-    emoji_teacher.main,
+    icons_teacher.main,
 ]
 NO_PATHS = {"overrides", "name", "device"}
 

@@ -11,7 +11,7 @@ from tbcm.config import Config, load_config
 from tbcm.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MINIMAL = "out: run\nteacher: {path: emoji}\ndata: {prompts: emoji}\n"
+MINIMAL = "out: run\nteacher: {path: icons}\ndata: {prompts: icons}\n"
 
 
 def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> Config:

@@ -16,7 +16,7 @@ from tbcm.config_text import annotation_of, is_section, is_text
 from tbcm.errors import UserError
 from tbcm.paths import path_argument, source_argument
 
-MINIMAL = "out: run\nteacher: {path: emoji}\ndata: {prompts: emoji}\n"
+MINIMAL = "out: run\nteacher: {path: icons}\ndata: {prompts: icons}\n"
 
 
 def load(tmp_path: Path, text: str | bytes = MINIMAL, *overrides: str) -> Config:
@@ -78,7 +78,7 @@ def test_overrides_of_text_are_literal(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_null_is_none_where_a_field_may_be_empty(tmp_path: Path) -> None:
-    file = MINIMAL.replace("emoji}\ndata", "emoji, revision: a}\ndata")
+    file = MINIMAL.replace("icons}\ndata", "icons, revision: a}\ndata")
     assert load(tmp_path, file, "teacher.revision=null").teacher.revision is None
     assert load(tmp_path, file, "teacher.revision=Null").teacher.revision == "Null"
     assert load(tmp_path, MINIMAL, "data.column=null").data.column == "null"
@@ -89,7 +89,7 @@ def test_null_is_none_where_a_field_may_be_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["2026-11-28", "12", "007", "1e5", "no", "12:30:45", "0x1f", "1_000", ".5", "on"])
 def test_text_in_a_file_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.chdir(tmp_path)
-    file = f"out: {text}\nteacher: {{path: emoji, revision: {text}}}\ndata:\n  prompts: {text}\n"
+    file = f"out: {text}\nteacher: {{path: icons, revision: {text}}}\ndata:\n  prompts: {text}\n"
     c = load(tmp_path, file + f"log: {{preview_prompts: [{text}, a cat]}}", "train.steps=12")
     assert (c.out, c.teacher.revision, c.data.prompts) == (str(tmp_path / text), text, text)
     assert c.log.preview_prompts == [text, "a cat"] and c.train.steps == 12
@@ -154,13 +154,13 @@ def test_what_is_there_is_resolved_and_what_is_not_is_left(
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    (tmp_path / "emoji").mkdir()
+    (tmp_path / "icons").mkdir()
     monkeypatch.chdir(tmp_path / "real")
     for text in ("../real", "../link", ".", "../link/../real/"):
         assert value(load(tmp_path, MINIMAL, f"{key}={text}"), key) == str(tmp_path / "real")
     monkeypatch.chdir(tmp_path)
     if key != "out":  # which is made
-        for text in ("org/model", "emoji", "shards/*.tar"):
+        for text in ("org/model", "icons", "shards/*.tar"):
             assert value(load(tmp_path, MINIMAL, f"{key}={text}"), key) == text
 
 

@@ -154,7 +154,7 @@ def test_a_run_from_a_cache_is_previewed_and_sampled(home: Path, tmp_path: Path,
         ),
         (["log.preview_prompts=[a red ball, a unicorn]"], ["log.preview_prompts: 'a unicorn'"]),
         (["text.cache={home}/nowhere"], ["{home}/nowhere", "tbcm.encode"]),
-        (["method.name=scm", "data.images=emoji"], ["method.name=scm", "text.cache"]),
+        (["method.name=scm", "data.images=icons"], ["method.name=scm", "text.cache"]),
     ],
 )
 def test_what_cannot_be_taken_from_a_cache(

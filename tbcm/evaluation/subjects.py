@@ -27,11 +27,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Subjects:
-    """`teacher` is None where none is known. `emoji`: whether it is the shipped one."""
+    """`teacher` is None where none is known. `icons`: whether it is the shipped one."""
 
     student: Subject
     teacher: Subject | None
-    emoji: bool
+    icons: bool
 
 
 def open_subjects(
@@ -55,9 +55,9 @@ def open_subjects(
                 f"--agree-with {agree_with}: its latents are {list(reference.sampler.shape)}, those of {path}"
                 f" {list(sampler.shape)}; give the teacher it was distilled from"
             )
-        emoji = other.config.teacher.path == "emoji"
+        icons = other.config.teacher.path == "icons"
     else:
-        emoji = source.config.teacher.path == "emoji"
+        icons = source.config.teacher.path == "icons"
         if teacher:
             reference = student
         elif source.is_run:
@@ -66,7 +66,7 @@ def open_subjects(
             reference = Subject(mine, _identity(source, teacher=True, average=False))
     for each in filter(None, (student, reference)):
         each.sampler.batch = batch
-    return Subjects(student, reference, emoji)
+    return Subjects(student, reference, icons)
 
 
 def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ figures:
 {}
 
 examples:
-  python -m tbcm.figures equivalent-noise                      # of the shipped emoji teacher
+  python -m tbcm.figures equivalent-noise                      # of the shipped icons teacher
   python -m tbcm.figures x0-by-steps runs/sana --steps 8 16 32 --images 32
   python -m tbcm.figures fid-throughput student/report.json teacher/report.json
 """
@@ -36,14 +36,14 @@ def parse() -> argparse.Namespace:
         nargs="*",
         type=source_argument,
         metavar="RUN_OR_TEACHER",
-        help="a run's folder, a diffusers pipeline (folder or hub id) or 'emoji' (default); fid-throughput: reports",
+        help="a run's folder, a diffusers pipeline (folder or hub id) or 'icons' (default); fid-throughput: reports",
     )
     parser.add_argument("--prompts", "--images", type=int, metavar="N", help="how many; default: each figure's own")
     parser.add_argument(
         "--prompt-file",
         type=source_argument,
         metavar="FILE",
-        help="default: the run's, or the emoji's for the emoji teacher",
+        help="default: the run's, or the icons's for the icons teacher",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[], metavar="N", help="of a trajectory, or route points"

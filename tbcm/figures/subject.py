@@ -47,7 +47,7 @@ class Request:
     def source(self) -> str:
         if len(self.sources) > 1:
             raise UserError(f"{' '.join(self.sources)}: this figure is drawn of one run or teacher")
-        return self.sources[0] if self.sources else "emoji"
+        return self.sources[0] if self.sources else "icons"
 
     def one_steps(self, default: int) -> int:
         if len(self.steps) > 1:
@@ -77,12 +77,12 @@ def open_teacher(config: Config, device: str | None) -> Sampler:
 
 
 def choose_prompts(config: Config, file: str | None, count: int) -> list[str]:
-    """`count` prompts, spread evenly over the file (default: the run's own; the emoji's for the emoji teacher)."""
+    """`count` prompts, spread evenly over the file (default: the run's own; the icons's for the icons teacher)."""
     data = config.data if file is None else Data(prompts=file, column=config.data.column)
     if data.prompts == "unused":  # a pipeline that this package did not write
-        if config.teacher.path != "emoji":
+        if config.teacher.path != "icons":
             raise UserError(f"{config.teacher.path}: no prompts are known for it; give --prompt-file FILE")
-        data = Data(prompts="emoji")
+        data = Data(prompts="icons")
     with tempfile.TemporaryDirectory() as folder:  # not the run's: it may be read-only, or somebody else's
         prompts = build_prompts(config.model_copy(update={"data": data, "out": folder}))
         return [prompts[i * len(prompts) // count] for i in range(count)]

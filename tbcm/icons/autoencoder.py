@@ -21,6 +21,7 @@ from tbcm.errors import command
 from tbcm.icons.colours import compose, random_colours
 from tbcm.icons.dataset import load_drawings, load_shapes
 from tbcm.icons.training import Budget, Rate, Training, WeightAverage, add_training_arguments, budget_of
+from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_folder
 
 LATENT_CHANNELS = 8
@@ -154,8 +155,8 @@ def train(data: Path, out: Path, budget: Budget, device: str) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tbcm.icons.autoencoder", description="Train the autoencoder.")
-    parser.add_argument("data", type=Path, help="what tbcm.icons.dataset wrote")
-    parser.add_argument("out", type=Path, help="becomes a diffusers folder")
+    parser.add_argument("data", type=path_argument, help="what tbcm.icons.dataset wrote")
+    parser.add_argument("out", type=path_argument, help="becomes a diffusers folder")
     add_training_arguments(parser)
     return parser.parse_args()
 

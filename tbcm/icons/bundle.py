@@ -23,6 +23,7 @@ from tbcm.icons.autoencoder import encode
 from tbcm.icons.captions import WORDINGS, Catalogue, Prompt, caption
 from tbcm.icons.dataset import Drawings, chance, write_drawings
 from tbcm.icons.masks import SIZE
+from tbcm.icons.sampler import SHIFT
 from tbcm.runtime.files import atomic_folder, atomic_path
 
 STORED = torch.float16  # 11 bits of mantissa against 8 of bfloat16, and no weight comes near its range
@@ -35,7 +36,7 @@ def write_teacher(transformer: SanaTransformer2DModel, vae: AutoencoderDC, out: 
         text_encoder=None,
         vae=copy.deepcopy(vae).to("cpu", STORED),
         transformer=copy.deepcopy(transformer).to("cpu", STORED),
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT),
     )
     with atomic_folder(out / "teacher") as folder:
         pipeline.save_pretrained(folder)

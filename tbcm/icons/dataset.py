@@ -29,6 +29,7 @@ from tbcm.errors import UserError, command
 from tbcm.icons.concepts import concept_of, is_compound, named_style, plain_name
 from tbcm.icons.masks import SIZE, Mask, distinct, render, style_of
 from tbcm.icons.packages import UNSEEN_SETS, VERSIONS, IconSet, fetch, read_set, tarball
+from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_path, write_json
 
 COLUMNS = 64  # tiles in a row of an atlas
@@ -211,8 +212,10 @@ def _coarse(mask: NDArray[np.uint8]) -> bytes:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tbcm.icons.dataset", description="Render the icons' masks.")
-    parser.add_argument("out", type=Path, help="folder for the atlases and their tables")
-    parser.add_argument("--packages", type=Path, help="folder of npm tarballs; those missing are fetched by `npm pack`")
+    parser.add_argument("out", type=path_argument, help="folder for the atlases and their tables")
+    parser.add_argument(
+        "--packages", type=path_argument, help="folder of npm tarballs; those missing are fetched by `npm pack`"
+    )
     return parser.parse_args()
 
 

@@ -16,6 +16,7 @@ from tbcm.errors import command
 from tbcm.icons import autoencoder, dataset, teacher
 from tbcm.icons.packages import fetch
 from tbcm.icons.training import Budget, add_training_arguments, budget_of
+from tbcm.paths import path_argument
 
 AUTOENCODER = Budget(steps=7000, cooldown=800)
 
@@ -41,11 +42,13 @@ def make(
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tbcm.icons.make", description="Make the stand-in from npm.")
-    parser.add_argument("work", type=Path, help="folder for drawings, autoencoder, caches and checkpoints")
-    parser.add_argument("out", type=Path, help="the asset folder")
-    parser.add_argument("--packages", type=Path, help="folder of npm tarballs; those missing are fetched by `npm pack`")
+    parser.add_argument("work", type=path_argument, help="folder for drawings, autoencoder, caches and checkpoints")
+    parser.add_argument("out", type=path_argument, help="the asset folder")
+    parser.add_argument(
+        "--packages", type=path_argument, help="folder of npm tarballs; those missing are fetched by `npm pack`"
+    )
     parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER.steps, help="before its cooldown")
-    parser.add_argument("--resume-from", type=Path, help="asset folder of a training that goes on here")
+    parser.add_argument("--resume-from", type=path_argument, help="asset folder of a training that goes on here")
     add_training_arguments(parser)
     return parser.parse_args()
 

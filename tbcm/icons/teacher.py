@@ -30,6 +30,7 @@ from tbcm.icons.groups import Sampler, captions_of, mean_latent
 from tbcm.icons.sampler import preview
 from tbcm.icons.training import Budget, Rate, Training, WeightAverage, add_training_arguments, budget_of
 from tbcm.models.text import MiniLMEncoder, encode_null
+from tbcm.paths import path_argument
 from tbcm.runtime.files import write_json
 
 MAX_TOKENS = 16
@@ -175,9 +176,24 @@ def load_transformer(folder: Path) -> SanaTransformer2DModel:
     return model
 
 
+def read_curve(assets: Path | None) -> list[dict[str, float]]:
+    """The learning curve in an asset folder: rows of samples seen and loss, oldest first; none where there is none."""
+    file = None if assets is None else assets / "training.json"
+    if file is None or not file.is_file():
+        return []
+    rows: list[dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))["curve"]
+    return rows
+
+
 def samples_before(assets: Path | None) -> int:
     """How many samples the teacher in an asset folder has seen."""
-    return 0 if assets is None else int(json.loads((assets / "training.json").read_text())["samples"])
+    return int(max((row["samples"] for row in read_curve(assets)), default=0))
+
+
+def write_curve(out: Path, before: list[dict[str, float]], samples: int, loss: float) -> None:
+    """Writes training.json: `before`, up to where this row goes on, and the row."""
+    curve = [row for row in before if row["samples"] < samples]
+    write_json(out / "training.json", {"curve": [*curve, {"samples": samples, "loss": loss}]})
 
 
 def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path | None = None) -> None:
@@ -208,7 +224,7 @@ def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path 
     def save(step: int) -> None:
         samples = samples_before(resume_from) + step * BATCH
         write_teacher(average.average, vae, out)
-        write_json(out / "training.json", {"samples": samples, "loss": training.recent_loss})
+        write_curve(out, read_curve(out) or read_curve(resume_from), samples, training.recent_loss)
         sheet = out.with_name(f"{out.name}-preview.png")
         preview(
             average.average, vae, shown, (null[0].to(device), null[1].to(device)), list(PREVIEW), PREVIEW_ROWS, sheet
@@ -220,9 +236,11 @@ def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tbcm.icons.teacher", description="Train the icons teacher.")
-    parser.add_argument("work", type=Path, help="folder with the drawings and, in autoencoder/, the autoencoder")
-    parser.add_argument("out", type=Path, help="the asset folder")
-    parser.add_argument("--resume-from", type=Path, help="asset folder of a training that goes on here")
+    parser.add_argument(
+        "work", type=path_argument, help="folder with the drawings and, in autoencoder/, the autoencoder"
+    )
+    parser.add_argument("out", type=path_argument, help="the asset folder")
+    parser.add_argument("--resume-from", type=path_argument, help="asset folder of a training that goes on here")
     add_training_arguments(parser)
     return parser.parse_args()
 

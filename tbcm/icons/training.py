@@ -41,6 +41,10 @@ class Budget:
         """Whether the part before the cooldown is over."""
         return (self.steps is not None and step >= self.steps) or (self.minutes is not None and minutes >= self.minutes)
 
+    def done(self, step: int) -> bool:
+        """Whether earlier calls have trained for `steps` and cooled down, too."""
+        return self.steps is not None and step >= self.steps + self.cooldown
+
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """--steps, --minutes, --cooldown-steps and --device; `budget_of` reads the first three."""
@@ -185,7 +189,7 @@ class Training:
 
     def _over(self, budget: Budget, minutes: float) -> bool:
         if self.cooling is None and budget.spent(self.step, minutes):
-            if not budget.cooldown:
+            if budget.done(self.step) or not budget.cooldown:
                 return True
             self.cooling = (self.step, budget.cooldown)
         return self.cooling is not None and self.step >= sum(self.cooling)

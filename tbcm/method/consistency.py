@@ -56,6 +56,6 @@ def logvar_prior(t: Tensor, dim: int, sigma_data: float) -> Tensor:
     The loss term w e^{-logvar} / D ||g||^2 + logvar is least at logvar = log(w ||g||^2 / D), and a normalised tangent
     has a norm just below 1. Until a head that starts at zero has learnt this offset of -2 to -10, small t outweigh all
     others and the head's gradient drives the time embedding that it shares with the network. Which of the two does the
-    harm was not separated; on the emoji teacher the student was ruined within 100 steps, and with this start is not.
+    harm was not separated; on an earlier stand-in the student was ruined within 100 steps, and with this start is not.
     """
     return torch.log(time_weight(t, sigma_data).clamp(min=1e-6) / dim)

@@ -38,7 +38,7 @@ _MODELS: dict[str, tuple[Any, type[Facts]]] = {
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A diffusers pipeline folder or hub id: what is in it, without loading it. `path` 'emoji' is the shipped one;
+    """A diffusers pipeline folder or hub id: what is in it, without loading it. `path` 'icons' is the shipped one;
     `variant` is of its weights' files (such as bf16), None the plain ones or the only ones there are."""
 
     path: str
@@ -48,8 +48,8 @@ class Pipeline:
 
     @cached_property
     def location(self) -> str:
-        if self.path == "emoji":
-            return str(resources.files("tbcm.emoji") / "assets" / "teacher")
+        if self.path == "icons":
+            return str(resources.files("tbcm.icons") / "assets" / "teacher")
         if os.path.exists(self.path) or self.path.startswith((".", "/", "~")):  # noqa: PTH110 - no error for any path
             return os.path.expanduser(self.path)  # noqa: PTH111
         return self.path  # a hub id

@@ -33,15 +33,15 @@ SANA: dict[str, dict[str, Any]] = {
         "cross_attention_head_dim": 112,
         "cross_attention_dim": 2240,
     },
-    "emoji": _SANA
+    "icons": _SANA
     | {
         "in_channels": 8,
         "out_channels": 8,
-        "num_layers": 6,
-        "num_attention_heads": 7,
+        "num_layers": 5,
+        "num_attention_heads": 8,
         "num_cross_attention_heads": 4,
-        "cross_attention_head_dim": 56,
-        "cross_attention_dim": 224,
+        "cross_attention_head_dim": 64,
+        "cross_attention_dim": 256,
         "caption_channels": 384,
         "patch_size": 2,
         "sample_size": 8,
@@ -80,7 +80,7 @@ MINILM: dict[str, Any] = {
     "num_attention_heads": 12,
     "intermediate_size": 1536,
 }
-"""Arguments of transformers' BertConfig for the emoji teacher's text encoder."""
+"""Arguments of transformers' BertConfig for the icons teacher's text encoder."""
 
 _DC_AE_F32C32: dict[str, Any] = {
     "latent_channels": 32,
@@ -96,14 +96,14 @@ _DC_AE_F32C32: dict[str, Any] = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
-_EMOJI_AE: dict[str, Any] = {
+_ICONS_AE: dict[str, Any] = {
     "latent_channels": 8,
     "encoder_block_types": "ResBlock",
     "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": [32, 48, 96, 128],
-    "decoder_block_out_channels": [32, 48, 96, 128],
-    "encoder_layers_per_block": [0, 1, 1, 2],
-    "decoder_layers_per_block": [0, 1, 2, 2],
+    "encoder_block_out_channels": [32, 32, 64, 128],
+    "decoder_block_out_channels": [32, 32, 64, 128],
+    "encoder_layers_per_block": [0, 1, 1, 1],
+    "decoder_layers_per_block": [0, 1, 1, 2],
     "encoder_qkv_multiscales": [[], [], [], []],
     "decoder_qkv_multiscales": [[], [], [], []],
     "encoder_out_shortcut": False,
@@ -113,8 +113,8 @@ _EMOJI_AE: dict[str, Any] = {
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "sana-600m": _DC_AE_F32C32,
     "sana-1600m": _DC_AE_F32C32,
-    "emoji": _EMOJI_AE,
-    "tiny": _EMOJI_AE | {"latent_channels": 4},
+    "icons": _ICONS_AE,
+    "tiny": _ICONS_AE | {"latent_channels": 4},
 }
 """Arguments of diffusers' AutoencoderDC that goes with each of them."""
 

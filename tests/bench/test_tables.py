@@ -17,7 +17,7 @@ import table_tuning
 import tables
 import torch
 from quality import ARMS, Arm
-from quality_emoji import EmojiRunner
+from quality_icons import IconRunner
 from quality_runs import Results, Run
 from scripts import script
 from table_statistics import REPRODUCED, REVERSED
@@ -29,7 +29,7 @@ from tbcm.runtime.files import RunLock
 BUDGET = 9600
 CPU = torch.device("cpu")
 FLOOR = {"n": 10, "kid": 0.1, "fid": 20.0, "teacher_kid": 100.0, "teacher_fid": 150.0}
-FLOOR |= {"teacher_text_cosine": 0.3, "heldout_text_cosine": 0.4}
+FLOOR |= {"teacher_concept": 0.3, "real_concept": 0.4}
 
 
 class FakeRunner:
@@ -52,7 +52,7 @@ class FakeRunner:
     def measure(self, run: Run, steps: int) -> dict[str, float]:
         self.measured.append((run.name, steps))
         kid = self.kid.get(run.arm.name, 5.0) + 0.1 * run.seed
-        same = {"fid": kid, "kid_to_teacher": kid, "fid_to_teacher": kid, "agreement_error": kid, "text_cosine": -kid}
+        same = {"fid": kid, "kid_to_teacher": kid, "fid_to_teacher": kid, "agreement_error": kid, "concept": -kid}
         return {"kid": kid, **same, "evaluate_seconds": 1.0}
 
 
@@ -94,7 +94,7 @@ def test_arms_optimise_the_same_number_of_samples(budget: int) -> None:
 
 
 def test_tuned_arms_are_the_recipes_and_others_the_published_settings() -> None:
-    for name, file in (("tbcm", "emoji.yaml"), ("scm", "emoji_scm.yaml"), ("sprint", "emoji_sprint.yaml")):
+    for name, file in (("tbcm", "icons.yaml"), ("scm", "icons_scm.yaml"), ("sprint", "icons_sprint.yaml")):
         own = load_config(quality.CONFIGS / file)
         tuned, published = (quality.config_of(ARMS[arm], 0, BUDGET) for arm in (f"{name}_tuned", name))
         assert (tuned.method.route, tuned.student) == (own.method.route, own.student)
@@ -271,14 +271,14 @@ def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
 
 
 def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One step of one prompt of the emoji teacher, measured on four images."""
+    """One step of one prompt of the icons teacher, measured on four images."""
     pytest.importorskip("efficientnet_lite_pytorch")
     change = ("train.prompts_per_step=1", "method.route.points=4")
     arms = [Arm("quick", "", change=change), ARMS["untrained"]]
-    monkeypatch.setattr(EmojiRunner, "judge", property(lambda self: Judge(self)))
+    monkeypatch.setattr(IconRunner, "judge", property(lambda self: Judge(self)))
     results = Results("tables", tmp_path / "out", 4, CPU)
     runs = quality_runs.runs_of([(arm, 1, 4) for arm in arms], [0], 6, tmp_path / "runs")
-    runner = EmojiRunner(runs[0].config, 4, tmp_path / "references", torch.device("cpu"))
+    runner = IconRunner(runs[0].config, 4, tmp_path / "references", torch.device("cpu"))
     assert quality_runs.do(runs, results, runner) == []
     assert checkpoint_steps(runs[0]) == [2]
     values = {(row["arm"], row["metric"]): row["value"] for row in results.rows()}
@@ -290,10 +290,10 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Judge:
-    """The emoji judge without its references, which take minutes."""
+    """The icons judge without its references, which take minutes."""
 
-    def __init__(self, runner: EmojiRunner) -> None:
-        self.prompts = ["red panda, noto", "pizza, fluent", "red heart, noto", "rocket, fluent flat"]
+    def __init__(self, runner: IconRunner) -> None:
+        self.prompts = ["solid red heart on white", "outline key", "solid blue car on gray", "moon icon"]
 
     def __call__(self, images: torch.Tensor) -> dict[str, float]:
         assert images.shape == (4, 3, 64, 64) and images.dtype == torch.uint8
@@ -317,7 +317,7 @@ def test_command_line(tmp_path: Path) -> None:
     done = script("bench/tables.py", "--report", "--table", "2", "3", "4", "7", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "### Table 7" in done.stdout and "Not measured yet" in done.stdout
-    for title in ("methods", "methods, each as tuned on emoji"):
+    for title in ("methods", "methods, each as tuned on icons"):
         _, _, table = done.stdout.partition(f"### Table 2: {title}\n")
         assert "| of the gap from" in table.partition("### Table")[0]
     assert (tmp_path / "table-4.md").read_text().strip() in done.stdout

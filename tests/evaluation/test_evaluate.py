@@ -142,9 +142,9 @@ def test_two_ranks_report_what_one_does(call: Call, home: Path, tmp_path: Path) 
 
 
 class Judge:
-    """Of emoji: what it was asked for."""
+    """Of icons: what it was asked for."""
 
-    prompts = ("red panda, noto", "pizza, fluent")
+    prompts = ("solid red heart on white", "outline key")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.asked: list[str] = []
@@ -159,20 +159,20 @@ class Judge:
 @pytest.mark.parametrize(
     ("metrics", "asked"),
     [
-        (["distance", "text"], ["all", "floor", "text_floor"]),
-        (["distance"], ["distances", "floor"]),
+        (["distance", "text"], ["all", "floor", "autoencoder_floor", "text_floor"]),
+        (["distance"], ["distances", "floor", "autoencoder_floor"]),
         (["text"], ["text", "text_floor"]),
     ],
 )
-def test_of_emoji_only_what_is_asked_for_is_measured(
+def test_of_icons_only_what_is_asked_for_is_measured(
     metrics: list[str], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("load_network", "read"):
         monkeypatch.setattr(run, name, lambda *arguments: None)
-    monkeypatch.setattr(run, "EmojiJudge", Judge)
+    monkeypatch.setattr(run, "IconJudge", Judge)
     subjects: Any = SimpleNamespace(teacher=SimpleNamespace(sampler=None))
-    options = Options("emoji", tmp_path, tmp_path, [1], images=2)
-    measure = run._measure_emoji(options, subjects, metrics, torch.device("cpu"))
+    options = Options("icons", tmp_path, tmp_path, [1], images=2)
+    measure = run._measure_icons(options, subjects, metrics, torch.device("cpu"))
     measure.of([])
     measure.floor()
     assert measure.of.__closure__ is not None
@@ -194,8 +194,8 @@ def test_missing_packages_are_found_before_anything_is_generated(
 ) -> None:
     efficientnet.load_network.cache_clear()
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    result = call("emoji", "--teacher", "--images", 2, "--metrics", "distance", "--steps", 1, "--out", tmp_path)
-    assert_one_line(result, "pip install tbcm[emoji]")
+    result = call("icons", "--teacher", "--images", 2, "--metrics", "distance", "--steps", 1, "--out", tmp_path)
+    assert_one_line(result, "pip install tbcm[icons]")
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -212,9 +212,9 @@ def test_each_missing_thing_is_one_line(call: Call, home: Path, tmp_path: Path) 
     assert_one_line(call("run", "--prompts", "prompts.txt", "--metrics", "distance", *out), "--reference FOLDER")
     assert_one_line(call("teacher", *mjhq, *out), "add --teacher")
     assert_one_line(call("teacher", "--teacher", *mjhq, *out), "text encoder")
-    assert_one_line(call("run", *mjhq, "--agree-with", "emoji", *out), "[8, 8, 8]", "[4, 8, 8]")
-    assert_one_line(call("emoji", *out), "--teacher")
-    assert_one_line(call("emoji", "--teacher", "--images", 2401, *out), "--images 2401", "2400")
+    assert_one_line(call("run", *mjhq, "--agree-with", "icons", *out), "[8, 8, 8]", "[4, 8, 8]")
+    assert_one_line(call("icons", *out), "--teacher")
+    assert_one_line(call("icons", "--teacher", "--images", 4001, *out), "--images 4001", "4000")
     for option, value in (("--steps", 0), ("--steps", 1001), ("--images", 1), ("--batch", 0), ("--seed", -1)):
         assert_one_line(call("run", option, value, *out), f"{option} {value}", "at least")
     assert not list(tmp_path.rglob("*.png"))

@@ -108,6 +108,10 @@ def test_a_spent_budget_trains_no_further(tmp_path: Path) -> None:
     again, loss = make(tmp_path / "a.ckpt")
     again.fit(loss, lambda step: None, Budget(steps=5))
     assert again.step == 5 and weights(again) == weights(training)
+    for _ in range(2):  # nor does one that has cooled down cool down again
+        cooled, loss = make(tmp_path / "a.ckpt")
+        cooled.fit(loss, lambda step: None, Budget(steps=8, cooldown=4))
+        assert cooled.step == 12
 
 
 def test_checkpoint_and_export_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

