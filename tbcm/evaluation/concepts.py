@@ -40,7 +40,7 @@ class Classifier:
             value.backward()
             return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]  # a float is what is documented, a tensor what is meant
+        optimizer.step(loss)
         return cls(classes, mean, std, weight.detach(), bias.detach())
 
     def names(self, features: Tensor) -> list[str]:

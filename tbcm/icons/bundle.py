@@ -20,8 +20,9 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeli
 from safetensors.torch import save_file
 
 from tbcm.icons.autoencoder import encode
-from tbcm.icons.captions import WORDINGS, Catalogue, Prompt, caption
+from tbcm.icons.captions import Catalogue, Prompt
 from tbcm.icons.dataset import Drawings, chance, write_drawings
+from tbcm.icons.groups import captions_of
 from tbcm.icons.masks import SIZE
 from tbcm.icons.sampler import SHIFT
 from tbcm.runtime.files import atomic_folder, atomic_path
@@ -68,6 +69,6 @@ def write_data_assets(drawings: Drawings, out: Path) -> None:
 
 
 def worded(prompt: Prompt) -> str:
-    """A prompt's caption in the plain order, or for every other prompt in one of the other orders."""
-    draw = chance("worded", *map(str, astuple(prompt)))
-    return caption(prompt, 0 if draw < 0.5 else 1 + int((2 * draw - 1) * (WORDINGS - 1)))
+    """One of the captions that a prompt is trained with; a hash decides."""
+    captions = captions_of([prompt])[prompt]
+    return captions[int(len(captions) * chance("worded", *map(str, astuple(prompt))))]
