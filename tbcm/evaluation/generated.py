@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import tbcm
 from tbcm.data.captions import digest
-from tbcm.data.decoding import decode
+from tbcm.data.decoding import decode_file
 from tbcm.evaluation.stored import Tensors, key, stored
 from tbcm.generation import Sampler
 from tbcm.images import save_png
@@ -109,7 +109,7 @@ def share_out(
 
 def read(files: Sequence[Path], size: int) -> Tensor:
     """Image files of `size` pixels both ways as [N, 3, size, size] uint8."""
-    return torch.stack(list(map(partial(decode, size=size), files)))
+    return torch.stack(list(map(partial(decode_file, size=size), files)))
 
 
 def _parts(count: int, batch: int) -> list[tuple[int, int]]:
