@@ -33,9 +33,9 @@ def make_drawings(work: Path, packages: Path | None) -> None:
 def make(
     work: Path, out: Path, packages: Path | None, first: Budget, budget: Budget, device: str, resume_from: Path | None
 ) -> None:
-    """Every stage. With `resume_from` the autoencoder comes from there, so that the second stage falls away."""
-    make_drawings(work, packages)
+    """Every stage. With `resume_from` drawings and autoencoder come from there, so that the first two fall away."""
     if resume_from is None:
+        make_drawings(work, packages)
         autoencoder.train(work, work / "autoencoder", first, device)
     teacher.train(work, out, budget, device, resume_from)
 

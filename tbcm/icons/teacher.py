@@ -4,8 +4,8 @@
 
 WORK holds what `tbcm.icons.dataset` wrote and, in `autoencoder/`, what `tbcm.icons.autoencoder` wrote; latents, text
 states and the state to go on from are kept there. OUT becomes the asset folder (see `tbcm.icons.bundle`), and
-`OUT-preview.png` shows samples. With `--resume-from` a training on another machine goes on: weights and autoencoder
-come from that asset folder, the optimizer begins anew, and the samples seen are counted on.
+`OUT-preview.png` shows samples. With `--resume-from` a training on another machine goes on: drawings, weights and
+autoencoder come from that asset folder, the optimizer begins anew, and the samples seen are counted on.
 """
 
 from __future__ import annotations
@@ -198,7 +198,10 @@ def write_curve(out: Path, before: list[dict[str, float]], samples: int, loss: f
 
 def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path | None = None) -> None:
     """The whole recipe; `out` is written anew every few minutes, with the average of the weights."""
-    drawings = load_drawings(work).select(unseen=False)
+    if resume_from is not None and out.resolve() == resume_from.resolve():
+        raise UserError(f"{out} is what the training goes on from: choose another folder to write to")
+    everything = load_drawings(resume_from or work)
+    drawings = everything.select(unseen=False)
     vae = load_autoencoder((resume_from / "teacher" / "vae") if resume_from else work / "autoencoder")
     text = MiniLMEncoder(MAX_TOKENS, device=device)
     sampler = Sampler(drawings.entries)
@@ -215,7 +218,7 @@ def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path 
     training = Training(
         average, Rate(PEAK_LR, WARMUP), weight_decay=0.01, generator=generator, checkpoint=work / "teacher.ckpt"
     )
-    write_data_assets(load_drawings(work), out)
+    write_data_assets(everything, out)
 
     def loss() -> Tensor:
         with half_precision(device):

@@ -47,12 +47,13 @@ def test_drawings_that_were_interrupted_are_made_again(
     assert (work / "shapes.json").is_file() and "heart" in (work / "drawings.json").read_text()
 
 
-def test_going_on_from_assets_needs_no_autoencoder(
+def test_going_on_from_assets_needs_neither_packages_nor_autoencoder(
     npm: Path, tmp_path: Path, stages: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = tmp_path / "shipped"
     assert run(monkeypatch, tmp_path / "work", "out", "--packages", npm, "--resume-from", shipped) == 0
     assert [name for name, *_ in stages] == ["teacher"] and stages[0][-1] == shipped
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_senseless_budget_is_one_line(

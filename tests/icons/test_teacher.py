@@ -113,6 +113,11 @@ def test_missing_autoencoder_is_one_line(tmp_path: Path) -> None:
         load_autoencoder(tmp_path)
 
 
+def test_what_one_goes_on_from_is_not_written_to(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="assets is what the training goes on from"):
+        teacher.train(tmp_path / "work", tmp_path / "assets", Budget(steps=1), "cpu", tmp_path / "x" / ".." / "assets")
+
+
 class Constant:
     """A text encoder that says the same to every prompt, so that no weights are needed."""
 
@@ -144,10 +149,9 @@ def test_recipe_writes_assets_that_plain_diffusers_loads_and_goes_on_from_them(
     assert any("heart" in line for line in (out / "prompts.txt").read_text().splitlines())
     assert (tmp_path / "assets-preview.png").is_file()
     assert [row["samples"] for row in read_curve(out)] == [2 * 4]
-    # On another machine nothing is left but the assets and what the dataset stage makes.
-    (data / "teacher.ckpt").unlink()
-    again = tmp_path / "again"
-    teacher.train(data, again, Budget(steps=1), "cpu", resume_from=out)
+    # On another machine nothing is left but the assets.
+    again, other = tmp_path / "again", tmp_path / "other"
+    teacher.train(other, again, Budget(steps=1), "cpu", resume_from=out)
     assert [row["samples"] for row in read_curve(again)] == [2 * 4, 3 * 4]
     before, after = (
         SanaPipeline.from_pretrained(f / "teacher", tokenizer=None, text_encoder=None) for f in (out, again)
