@@ -14,8 +14,8 @@ from scaling_model import MODES, Cluster, Work, predict, traffic, work_of
 from tqdm import tqdm
 
 from tbcm.config import load_config
-from tbcm.dryrun import as_on_a_gpu
 from tbcm.errors import UserError
+from tbcm.training.dryrun import as_on_a_gpu
 
 RECIPE = Path(__file__).parents[1] / "configs" / "sana.yaml"
 MODELS = "sana-600m", "sana-1600m"

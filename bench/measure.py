@@ -15,13 +15,13 @@ import torch
 from tbcm_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tbcm.accounting import CostCounter
 from tbcm.build import Parts
 from tbcm.config import Config
-from tbcm.dryrun import eager
-from tbcm.random_parts import random_parts
 from tbcm.runtime.phases import PhaseTimer
-from tbcm.trainer import Trainer
+from tbcm.training.accounting import CostCounter
+from tbcm.training.dryrun import eager
+from tbcm.training.random_parts import random_parts
+from tbcm.training.trainer import Trainer
 
 WARM_UP = 3
 PHASES = "text", "vae", "latents", "teacher", "forward", "backward", "discriminator", "optimizer"

@@ -21,13 +21,13 @@ from rows import append, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from tbcm.accounting import CostCounter
 from tbcm.config import Config
-from tbcm.dryrun import as_on_a_gpu, eager
 from tbcm.errors import UserError, command
-from tbcm.holdings import holdings
 from tbcm.runtime.files import atomic_path
-from tbcm.trainer import Trainer
+from tbcm.training.accounting import CostCounter
+from tbcm.training.dryrun import as_on_a_gpu, eager
+from tbcm.training.holdings import holdings
+from tbcm.training.trainer import Trainer
 
 SAMPLES = [1, 2, 4, 8, 15, 30, 60]
 POINTS = [8, 12, 16, 20]

@@ -27,7 +27,7 @@ from tbcm.build import build_student
 from tbcm.config import Config
 from tbcm.runtime import distributed, parallel
 from tbcm.runtime.files import write_json
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 SINGLE = "single"
 

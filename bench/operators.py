@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tbcm.build import dtype_of
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 from tbcm.runtime.distributed import pick_device
 
 POINTS = 15

@@ -9,8 +9,8 @@ import arms
 import torch
 from rows import RESULTS
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError
-from tbcm.paths import path_argument
 from tbcm.runtime.distributed import pick_device
 
 

@@ -18,9 +18,9 @@ from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.icons import TEACHER_STEPS, IconJudge, middle, spread
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import key, stored, teacher_origin
-from tbcm.generation import Sampler
+from tbcm.inference.generation import Sampler
+from tbcm.inference.student import load_student, open_source
 from tbcm.runtime.checkpoint_files import checkpoints_in
-from tbcm.student import load_student, open_source
 from tbcm.train import train
 
 NOISE_SEED = 1000

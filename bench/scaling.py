@@ -31,8 +31,8 @@ from rows import RESULTS, append, table
 from torch.multiprocessing import ProcessRaisedException
 from tqdm import tqdm
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 
 COLUMNS = {
     "model": "model",

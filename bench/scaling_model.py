@@ -21,11 +21,11 @@ from collectives import Traffic, ring_bytes
 from measure import parts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tbcm.accounting import CostCounter
 from tbcm.config import Config
-from tbcm.dryrun import eager
 from tbcm.runtime.phases import PhaseTimer
-from tbcm.trainer import Trainer
+from tbcm.training.accounting import CostCounter
+from tbcm.training.dryrun import eager
+from tbcm.training.trainer import Trainer
 
 MODES = "ddp", "fsdp", "hsdp"
 _BUCKET = 25 * 2**20  # of DistributedDataParallel, by default

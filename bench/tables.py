@@ -30,8 +30,8 @@ from quality_tables import TABLES
 from rows import RESULTS
 
 from tbcm.config import load_config
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.files import atomic_path

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm.adversary import Adversary
 from tbcm.config import Config, Precision, Switch
 from tbcm.data.captions import PromptSource
 from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.images import CaptionedImages, open_images
 from tbcm.data.latents import CaptionedLatents, PrecomputedLatents
 from tbcm.data.prompts import load_prompts
-from tbcm.encoded import NoisedLatents, VaeLatents
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
@@ -29,12 +27,14 @@ from tbcm.models.identity import model_identity
 from tbcm.models.loading import AnyPipeline, black_latent, general_student, load_teacher, student_from_teacher
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
-from tbcm.overlap import Overlapped
-from tbcm.rollouts import GuidedTeacher, Source, TeacherRollouts, Text, TextConditions
 from tbcm.runtime import distributed
 from tbcm.runtime.seeding import seeded
+from tbcm.samples.noised import NoisedLatents, VaeLatents
+from tbcm.samples.overlap import Overlapped
+from tbcm.samples.rollouts import GuidedTeacher, Source, TeacherRollouts, Text, TextConditions
+from tbcm.training.adversary import Adversary
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tbcm.config import Config, load_config
+from tbcm.config.paths import path_argument, source_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument, source_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tbcm.config import Config, load_config
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
     from tbcm.build import build_black_latent, build_images, build_vae, latents_identity, pipeline_of, vae_weights
     from tbcm.data.latent_writer import LatentWriter
     from tbcm.data.sharded import progress_bar, share
-    from tbcm.encoded import VaeLatents
     from tbcm.runtime import distributed
+    from tbcm.samples.noised import VaeLatents
 
     data = config.data
     assert data.images is not None

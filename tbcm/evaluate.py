@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from tbcm.config.paths import path_argument, source_argument, text_argument
 from tbcm.errors import UserError, command
 from tbcm.evaluation import METRICS
-from tbcm.paths import path_argument, source_argument, text_argument
 from tbcm.runtime import failure
 
 EVALUATIONS = Path("evaluation")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 
 EPILOG = """
 The folder loads with plain diffusers. The call that fits the student (its size, its guidance, and times for one step)
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
     arguments = parser.parse_args()
-    from tbcm.pipeline_call import how_to_call
-    from tbcm.student import export, open_source
+    from tbcm.inference.pipeline_call import how_to_call
+    from tbcm.inference.student import export, open_source
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     out: Path = arguments.out

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tbcm.config.paths import path_argument, source_argument, text_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument, source_argument, text_argument
 
 EPILOG = """
 examples:
@@ -40,8 +40,8 @@ def main() -> None:
     if not 1 <= steps <= 1000:
         raise UserError(f"--steps {steps}: give a number from 1 to 1000")
 
-    from tbcm.generation import open_sampler
-    from tbcm.images import save_png, sheet
+    from tbcm.inference.generation import open_sampler
+    from tbcm.inference.images import save_png, sheet
 
     sampler = open_sampler(
         arguments.source, teacher=arguments.teacher, average=arguments.weights == "ema", device=arguments.device

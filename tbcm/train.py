@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbcm.config import Config, load_config
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
-from tbcm.paths import path_argument
 from tbcm.runtime import failure
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main() -> int | None:
     if arguments.print_config:
         print(config.to_yaml(), end="")
     elif arguments.dry_run:
-        from tbcm.dryrun import dry_run
+        from tbcm.training.dryrun import dry_run
 
         dry_run(config, arguments.device)
     else:
@@ -113,7 +113,7 @@ def _run(config: Config, device: torch.device, resume: bool) -> int:
     from tbcm.runtime import distributed
     from tbcm.runtime.checkpoint_files import checkpoints_in
     from tbcm.runtime.files import atomic_path
-    from tbcm.trainer import Trainer
+    from tbcm.training.trainer import Trainer
 
     logger = logging.getLogger("tbcm")
     begun = distributed.run_on_main(lambda: bool(checkpoints_in(Path(config.out) / "checkpoints")))

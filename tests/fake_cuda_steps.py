@@ -26,9 +26,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from tbcm.config import Config
-from tbcm.models import presets
-from tbcm.random_parts import random_parts
-from tbcm.trainer import Trainer
+from tbcm.models.sana.network import presets
+from tbcm.training.random_parts import random_parts
+from tbcm.training.trainer import Trainer
 
 CUDA = torch.device("cuda")
 presets.MINILM["num_hidden_layers"] = presets.SANA["tiny"]["num_layers"] = 1

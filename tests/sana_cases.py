@@ -11,7 +11,7 @@ from helpers import random_condition, tiny_sana
 from torch import Tensor
 
 from tbcm.method.types import Prediction
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 
 PROMPTS, POINTS = 2, 3
 BACKBONES = {

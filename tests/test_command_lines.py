@@ -23,12 +23,12 @@ from tiny import metrics, write_config, write_teacher
 from warm_processes import started
 
 from tbcm import encode, encode_images, evaluate, export, sample, train
+from tbcm.config.paths import path_argument, source_argument, text_argument
 from tbcm.errors import UserError
 from tbcm.figures import __main__ as figures
-from tbcm.generation import open_sampler
 from tbcm.icons import autoencoder, dataset, demo
 from tbcm.icons import teacher as icons_teacher
-from tbcm.paths import path_argument, source_argument, text_argument
+from tbcm.inference.generation import open_sampler
 from tbcm.runtime import checkpoint
 
 ROOT = Path(__file__).parents[1]

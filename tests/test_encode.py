@@ -19,7 +19,7 @@ from warm_processes import started
 from tbcm import encode, sample, train
 from tbcm.build import build_parts
 from tbcm.config import load_config
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "green", "blue", "white") for thing in ("ball", "box", "cat")]

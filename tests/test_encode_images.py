@@ -27,8 +27,8 @@ from tbcm.build import build_latents, build_parts, build_source
 from tbcm.config import load_config
 from tbcm.data import latent_writer, latents
 from tbcm.errors import UserError
-from tbcm.random_parts import random_parts
-from tbcm.trainer import Trainer
+from tbcm.training.random_parts import random_parts
+from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 COUNT, SHARD = 10, 4

@@ -16,9 +16,9 @@ from torch import Tensor
 from tbcm.build import Parts, build_student, switch
 from tbcm.config import Config, parse_config
 from tbcm.models.loading import freeze
-from tbcm.models.sana import SanaTrigFlow
-from tbcm.rollouts import TextConditions
+from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime.files import write_json
+from tbcm.samples.rollouts import TextConditions
 
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("cat", "dog", "sun")]
 

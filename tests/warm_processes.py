@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-multiprocessing.set_forkserver_preload(["tbcm.train", "tbcm.evaluate", "tbcm.random_parts"])
+multiprocessing.set_forkserver_preload(["tbcm.train", "tbcm.evaluate", "tbcm.training.random_parts"])
 
 
 @contextmanager

@@ -256,7 +256,7 @@ _dual.register_autograd(_dual_backward, setup_context=_save_dual)
 
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, tangents: bool) -> tuple[Any, ...]:
-    """With a third of the text masked, as in `tbcm.models.sana`."""
+    """With a third of the text masked, as in `tbcm.models.sana.network`."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)

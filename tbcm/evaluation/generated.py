@@ -15,8 +15,8 @@ import tbcm
 from tbcm.data.captions import digest
 from tbcm.data.decoding import decode_file
 from tbcm.evaluation.stored import Tensors, key, stored
-from tbcm.generation import Sampler
-from tbcm.images import save_png
+from tbcm.inference.generation import Sampler
+from tbcm.inference.images import save_png
 from tbcm.runtime import distributed
 from tbcm.runtime.files import write_json
 

@@ -16,13 +16,13 @@ from tbcm.evaluation.drawings import FEATURES, RealDrawings, with_progress
 from tbcm.evaluation.efficientnet import features
 from tbcm.evaluation.pixels import read_icons
 from tbcm.evaluation.stored import key, sha256, stored, teacher_origin
-from tbcm.generation import Sampler
 from tbcm.icons.autoencoder import decode, encode
 from tbcm.icons.bundle import worded
 from tbcm.icons.captions import Catalogue, Prompt
 from tbcm.icons.colours import PAIRS, colours_of, compose, fixed_jitter
 from tbcm.icons.dataset import chance, load_drawings
-from tbcm.images import to_uint8
+from tbcm.inference.generation import Sampler
+from tbcm.inference.images import to_uint8
 
 TEACHER_STEPS, TEACHER_SEED = 20, 2**31 - 1
 """Of the samples that students are compared with: a seed that nobody gives a student."""

@@ -16,7 +16,7 @@ from tbcm.evaluation.distances import fid, kid, split
 from tbcm.evaluation.generated import read
 from tbcm.evaluation.inception import Inception
 from tbcm.evaluation.stored import Tensors, sha256, stored
-from tbcm.images import to_uint8
+from tbcm.inference.images import to_uint8
 
 _BATCH = 32  # images that are in memory at once
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.build import dtype_of, weights_dtype
-from tbcm.generation import Sampler, decode_in_parts
+from tbcm.inference.generation import Sampler, decode_in_parts
 
 WARM_UP, REPEATS = 2, 10
 

@@ -7,9 +7,9 @@ import importlib
 import sys
 from pathlib import Path
 
+from tbcm.config.paths import path_argument, source_argument
 from tbcm.errors import UserError, command
 from tbcm.figures import FIGURES
-from tbcm.paths import path_argument, source_argument
 
 EPILOG = """
 figures:

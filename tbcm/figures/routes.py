@@ -11,8 +11,8 @@ from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, route_of, teacher_config
 from tbcm.method.trigflow import T_MAX
-from tbcm.rollouts import draw_route
 from tbcm.runtime.seeding import generator
+from tbcm.samples.rollouts import draw_route
 
 KINDS = {"random": style.BLUE, "logit_normal": style.ORANGE, "reference": style.GREEN}
 DRAWS, INSTANCES = 20_000, 5

@@ -10,8 +10,8 @@ from tbcm.errors import UserError
 from tbcm.figures import style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, choose_prompts, is_student, open_teacher, teacher_config
-from tbcm.generation import Sampler, open_sampler
-from tbcm.student import PIPELINE_CONFIG, open_source
+from tbcm.inference.generation import Sampler, open_sampler
+from tbcm.inference.student import PIPELINE_CONFIG, open_source
 
 logger = logging.getLogger(__name__)
 

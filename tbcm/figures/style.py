@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tbcm.errors import UserError
-from tbcm.images import to_pil
+from tbcm.inference.images import to_pil
 from tbcm.runtime.files import atomic_path, write_json
 
 try:

@@ -21,14 +21,14 @@ from tbcm.build import (
 )
 from tbcm.config import Config, Data, Route, load_config
 from tbcm.errors import UserError
-from tbcm.generation import NoiseSource, Sampler
+from tbcm.inference.generation import NoiseSource, Sampler
+from tbcm.inference.student import PIPELINE_CONFIG, open_source
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
 from tbcm.models.pipeline import Pipeline
-from tbcm.rollouts import draw_route
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
-from tbcm.student import PIPELINE_CONFIG, open_source
+from tbcm.samples.rollouts import draw_route
 
 
 @dataclass(frozen=True)

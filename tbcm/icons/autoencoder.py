@@ -17,11 +17,11 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import command
 from tbcm.icons.colours import compose, random_colours
 from tbcm.icons.dataset import load_drawings, load_shapes
 from tbcm.icons.training import Budget, Rate, Training, WeightAverage, add_training_arguments, budget_of
-from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_folder
 
 LATENT_CHANNELS = 8

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
 from tbcm.icons.concepts import concept_of, is_compound, named_style, plain_name
 from tbcm.icons.masks import SIZE, Mask, distinct, render, style_of
 from tbcm.icons.packages import UNSEEN_SETS, VERSIONS, IconSet, fetch, read_set, tarball
-from tbcm.paths import path_argument
 from tbcm.runtime.files import atomic_path, write_json
 
 COLUMNS = 64  # tiles in a row of an atlas

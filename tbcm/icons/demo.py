@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from tbcm.build import build_parts, pipeline_of
 from tbcm.config import Config, load_config
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
 from tbcm.evaluation.icons import MOST_IMAGES, TEACHER_STEPS, IconJudge
-from tbcm.generation import Sampler
-from tbcm.images import save_png, sheet
-from tbcm.paths import path_argument
+from tbcm.inference.generation import Sampler
+from tbcm.inference.images import save_png, sheet
+from tbcm.inference.student import RUN_CONFIG
 from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.files import RunLock, atomic_path, write_json
 from tbcm.runtime.log import setup_logging
-from tbcm.student import RUN_CONFIG
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 SHEET_PROMPTS = (
     "solid red heart on white",

@@ -12,11 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import command
 from tbcm.icons import autoencoder, dataset, teacher
 from tbcm.icons.packages import fetch
 from tbcm.icons.training import Budget, add_training_arguments, budget_of
-from tbcm.paths import path_argument
 
 AUTOENCODER = Budget(steps=7000, cooldown=800)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tbcm.icons.autoencoder import decode
 from tbcm.icons.caches import TextStates
-from tbcm.images import save_png, sheet, to_uint8
+from tbcm.inference.images import save_png, sheet, to_uint8
 
 GUIDANCE = 2.5
 SHIFT = 3.0  # of the steps: s = 3 u/(1 + 2 u) for u even in [0, 1], since at high s it is decided what is drawn

@@ -21,6 +21,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 
+from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
 from tbcm.icons.autoencoder import LATENT_CHANNELS
 from tbcm.icons.bundle import write_data_assets, write_teacher
@@ -30,7 +31,6 @@ from tbcm.icons.groups import Sampler, captions_of, mean_latent
 from tbcm.icons.sampler import preview
 from tbcm.icons.training import Budget, Rate, Training, WeightAverage, add_training_arguments, budget_of
 from tbcm.models.text import MiniLMEncoder, encode_null
-from tbcm.paths import path_argument
 from tbcm.runtime.files import write_json
 
 MAX_TOKENS = 16

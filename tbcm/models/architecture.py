@@ -31,7 +31,7 @@ class Facts(BaseModel):
 
 
 class SanaTransformer(Facts):
-    """`tbcm.models.sana` and `sana_block`, which write diffusers' forward pass out."""
+    """`tbcm.models.sana.network` and `sana_block`, which write diffusers' forward pass out."""
 
     in_channels: Count
     out_channels: Count | None

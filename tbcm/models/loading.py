@@ -19,7 +19,7 @@ from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.identity import key_of_model, model_identity
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import Checkpointing, SanaTrigFlow, TangentMode
+from tbcm.models.sana.network import Checkpointing, SanaTrigFlow, TangentMode
 from tbcm.models.weights import first_line
 
 AnyPipeline = Pipeline | FamilyPipeline

@@ -13,11 +13,11 @@ from tbcm.method.formulation import Formulation
 from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import per_sample
 from tbcm.method.types import Condition, Prediction
+from tbcm.models.differentiation.explicit import Differentiable, ExactTime
+from tbcm.models.differentiation.fold import fold_options
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
-from tbcm.models.explicit import Differentiable, ExactTime
 from tbcm.models.families.family import Family
-from tbcm.models.fold import fold_options
-from tbcm.models.sana import Checkpointing, TangentMode
+from tbcm.models.sana.network import Checkpointing, TangentMode
 
 
 class DiffusersNetwork(nn.Module):

@@ -21,7 +21,7 @@ from scripts import script
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbcm.runtime import distributed
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TASK = Task("tiny", ["ddp", "fsdp"], prompts=1, points=4, steps=3, device_type="cpu")

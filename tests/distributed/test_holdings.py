@@ -12,11 +12,11 @@ from ranks import on_ranks
 from tiny import tiny_config, tiny_parts
 from torch import Tensor
 
-from tbcm.holdings import gathered, holdings, on_a_rank
 from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
 from tbcm.runtime.files import write_json
-from tbcm.trainer import Trainer
+from tbcm.training.holdings import gathered, holdings, on_a_rank
+from tbcm.training.trainer import Trainer
 
 
 def size(tensors: Any) -> int:

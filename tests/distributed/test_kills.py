@@ -11,7 +11,7 @@ from end_state import differences, unreadable
 from scripts import script
 from tiny import tiny_config, tiny_parts
 
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 
 def test_nothing_is_lost_to_a_few_kills(tmp_path: Path) -> None:

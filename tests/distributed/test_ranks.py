@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tbcm.adversary import FIGURES
-from tbcm.preview import Previewer
 from tbcm.runtime import distributed
 from tbcm.runtime.files import write_json
-from tbcm.trainer import Trainer
+from tbcm.training.adversary import FIGURES
+from tbcm.training.preview import Previewer
+from tbcm.training.trainer import Trainer
 
 Sections = dict[str, dict[str, Any]]
 

@@ -14,7 +14,7 @@ from end_state import differences
 from ranks import on_ranks
 from tiny import tiny_config, tiny_parts
 
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 STEPS = 6
 Sections = dict[str, dict[str, Any]]

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import tbcm
 from tbcm.evaluation.generated import Generated, read
-from tbcm.generation import Sampler
+from tbcm.inference.generation import Sampler
 from tbcm.models.loading import freeze
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import SanaTrigFlow
-from tbcm.rollouts import TextConditions
+from tbcm.models.sana.network import SanaTrigFlow
+from tbcm.samples.rollouts import TextConditions
 
 SIZE = 64
 

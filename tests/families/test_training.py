@@ -14,10 +14,10 @@ from families.tiny import BUILDERS, make
 from tbcm.build import build_parts
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError
-from tbcm.generation import NoiseSource, open_sampler
+from tbcm.inference.generation import NoiseSource, open_sampler
+from tbcm.inference.student import export, open_source
 from tbcm.models.families.pipeline import FamilyPipeline
-from tbcm.student import export, open_source
-from tbcm.trainer import Trainer
+from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAMES = sorted(set(BUILDERS) - {"sana", "qwen", "flux2", "wan"})

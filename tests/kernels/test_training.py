@@ -12,10 +12,10 @@ from tbcm_kernels import dispatch
 from torch import Tensor
 
 from tbcm.method.types import Condition
-from tbcm.models.presets import SANA
-from tbcm.models.sana import SanaTrigFlow
-from tbcm.random_parts import random_parts
-from tbcm.trainer import Trainer
+from tbcm.models.sana.network import SanaTrigFlow
+from tbcm.models.sana.presets import SANA
+from tbcm.training.random_parts import random_parts
+from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.models.architecture import SanaTransformer, check_config
 from tbcm.models.loading import load_teacher, student_from_teacher
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tbcm.models.discriminator import DiscriminatorHeads, spread_layers
 from tbcm.models.loading import freeze
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 
 SIZE = 2, 3
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tbcm.errors import UserError
 from tbcm.models.loading import student_from_teacher
-from tbcm.models.sana import SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 
 
 def teacher(kind: str) -> SanaTrigFlow:

@@ -19,7 +19,7 @@ UNUSED = "safety_checker", "feature_extractor", "image_encoder"
 
 
 class RecordedConditions:
-    """What a pipeline tells its network of prompts, on the pipeline's device (see `tbcm.rollouts.Text`).
+    """What a pipeline tells its network of prompts, on the pipeline's device (see `tbcm.samples.rollouts.Text`).
 
     Args:
         pipe: the pipeline, as `encoders_of` loads it.

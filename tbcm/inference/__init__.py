@@ -1,0 +1,1 @@
+"""Trained students at work: images from prompts, and pipelines that plain diffusers loads."""

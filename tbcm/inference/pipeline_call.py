@@ -1,0 +1,113 @@
+"""How an exported student is called with plain diffusers, whose defaults are for Sana-Sprint: 1024 px in two steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tbcm.build import default_guidance
+from tbcm.config import Config
+from tbcm.models.families.pipeline import FamilyPipeline
+
+if TYPE_CHECKING:
+    from tbcm.inference.student import Source
+
+PIPELINE_MULTIPLE = 32
+"""SanaSprintPipeline refuses heights and widths that are no multiples of it."""
+
+
+def call_of(config: Config, folder: str, dtype: torch.dtype) -> str:
+    """Python code that makes an image in one step, of the student's size.
+
+    Height and width are given, and the pipeline's binning is off: it maps every size to one of about 1024 px, and fails
+    for a transformer whose sample_size is not 32. `intermediate_timesteps` is for two steps, where its default, 1.3, is
+    right; for any other number it is to be None.
+    """
+    size, minilm = config.teacher.image_size, config.text.encoder == "minilm"
+    if size % PIPELINE_MULTIPLE:
+        return (
+            f"# SanaSprintPipeline makes images whose sides are multiples of {PIPELINE_MULTIPLE}, not {size} px.\n"
+            f'# This does: python -m tbcm.sample {folder} "a red panda" --steps 1\n'
+        )
+    prompt = ["prompt_embeds=embeds, prompt_attention_mask=mask"] if minilm else ['"a red panda"']
+    arguments = [
+        *prompt,
+        "num_inference_steps=1, intermediate_timesteps=None",
+        f"height={size}, width={size}, use_resolution_binning=False",
+        f"guidance_scale={default_guidance(config):g}",
+    ]
+    if not minilm and config.text.max_tokens != 300:
+        arguments.append(f"max_sequence_length={config.text.max_tokens}")
+    parts = ", text_encoder=None, tokenizer=None" if minilm else ""
+    lines = [
+        "import torch, diffusers",
+        *["from tbcm.models.text import MiniLMEncoder"] * minilm,
+        "",
+        f"pipe = diffusers.SanaSprintPipeline.from_pretrained({folder!r}, torch_dtype={dtype}{parts})",
+        'pipe.to("cuda")',
+        *[f'embeds, mask = MiniLMEncoder({config.text.max_tokens}, "cuda").encode(["a red panda"])'] * minilm,
+        "image = pipe(",
+        *(f"    {argument}," for argument in arguments),
+        ").images[0]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def model_card(config: Config, folder: str, dtype: torch.dtype) -> str:
+    """README.md of an exported folder."""
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tbcm.yaml` is its configuration.
+
+```python
+{call_of(config, folder, dtype)}```
+
+`intermediate_timesteps` is for two steps, where its default fits: leave it out there.
+"""
+
+
+def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
+    """As `call_of`, for a student of any other family: the teacher's own pipeline class, told its times."""
+    few = pipeline.few_steps(steps)
+    guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
+    arguments = {**pipeline.family.prompts([pipeline.family.example]), **few.arguments, **guidance, **pipeline.size}
+    lines = [
+        "import torch, diffusers",
+        "",
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}, torch_dtype={dtype})",
+        'pipe.to("cuda")',
+        "image = pipe(",
+        *(f"    {name}={value!r}," for name, value in arguments.items()),
+        ").images[0]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def family_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
+    """README.md of an exported folder of any other family."""
+    return f"""---
+library_name: diffusers
+---
+
+A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tbcm.yaml` is its configuration.
+
+```python
+{family_call(pipeline, config, folder, dtype)}```
+
+In four steps:
+
+```python
+{family_call(pipeline, config, folder, dtype, 4)}```
+"""
+
+
+def how_to_call(source: Source, dtype: torch.dtype) -> str:
+    """The call of an exported folder."""
+    pipeline = source.pipeline
+    if isinstance(pipeline, FamilyPipeline):
+        return family_call(pipeline, source.config, source.path, dtype)
+    return call_of(source.config, source.path, dtype)

@@ -1,0 +1,1 @@
+"""Sana's network with hand-written tangents."""

@@ -1,0 +1,106 @@
+"""Where the baselines' training samples come from (sCM, Sana-Sprint): latents of images, noised, with the teacher's
+velocity there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tbcm.config import Method
+from tbcm.data.bad import GoodImages
+from tbcm.data.captions import batch_epochs, batch_indices, drawn
+from tbcm.data.images import CaptionedImages
+from tbcm.data.latents import CaptionedLatents
+from tbcm.method.route import logit_normal_times
+from tbcm.method.scm import scm_trajectory
+from tbcm.models.loading import AnyPipeline
+from tbcm.runtime.distributed import local_parts
+from tbcm.runtime.phases import phase
+from tbcm.runtime.seeding import generator
+from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Text, draw
+
+
+class VaeLatents:
+    """`CaptionedLatents` of images that the VAE encodes when they are asked for, on its device. At most
+    `max_bad_share` of them may be such that cannot be decoded."""
+
+    def __init__(
+        self, pipeline: AnyPipeline, vae: Any, images: CaptionedImages, device: torch.device, max_bad_share: float = 0.0
+    ) -> None:
+        self.pipeline, self.vae, self.device = pipeline, vae, device
+        self.images, self.captions = images, images.captions
+        self._good = GoodImages(images, max_bad_share)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """See `CaptionedLatents`. Raises UserError where too many images cannot be decoded."""
+        with phase("vae"):
+            images, taken = self._good(indices)
+            if self.device.type == "cuda":
+                images = images.pin_memory()  # else the host would wait for the copy
+            return self.pipeline.encode(self.vae, images.to(self.device, non_blocking=True)), taken
+
+
+class NoisedLatents:
+    """The baselines' source: noised latents, at most `prompts_per_rollout` at once (`tbcm.samples.rollouts.Source`).
+
+    Every sample costs a text encoding, one teacher velocity and, unless it is precomputed, a VAE encoding. Noise and
+    guidance are the very draws that TBCM makes for the same seed and step. `shape` [C, h, w] is that of one latent.
+    """
+
+    def __init__(
+        self,
+        teacher: GuidedTeacher,
+        text: Text,
+        latents: CaptionedLatents,
+        *,
+        shape: Sequence[int],
+        method: Method,
+        t_max: float,
+        seed: int,
+        prompts_per_step: int,
+        prompts_per_rollout: int | None = None,
+        device: torch.device,
+    ) -> None:
+        self.teacher, self.text, self.latents = teacher, text, latents
+        self.shape, self.method, self.t_max, self.seed, self.device = shape, method, t_max, seed, device
+        self.prompts_per_step = prompts_per_step
+        self.parts = local_parts(prompts_per_step, prompts_per_rollout)
+        self.batches, self.first_point, self.samples_per_prompt = len(self.parts), 0, 1
+
+    def __call__(self, step: int) -> Iterator[Batch]:
+        size = len(self.latents), self.prompts_per_step, step
+        indices, epochs = batch_indices(*size, self.seed), batch_epochs(*size)
+        draws = self._draw(step)
+        for part in self.parts:
+            yield self._batch(indices[part], epochs[part], draws[part])
+
+    def _draw(self, step: int) -> Draws:
+        """The draws of the step's global batch, as in `draw`, with a route of one logit-normal time per image."""
+        count, sigma_data, device = self.prompts_per_step, self.method.sigma_data, self.device
+        draws = draw(self.seed, step, count, self.shape, self.method, self.t_max, device)
+        normal = torch.randn(count, generator=generator(device, self.seed, step, "time"), device=device)
+        law = self.method.route
+        t = logit_normal_times(normal, self.t_max, sigma_data=sigma_data, mean=law.p_mean, std=law.p_std)
+        return replace(draws, route=t[:, None])
+
+    @torch.no_grad()
+    def _batch(self, indices: list[int], epochs: list[int], draws: Draws) -> Batch:
+        sigma_data = self.method.sigma_data
+        xbar0, taken = self.latents.latents(indices)
+        captions = [drawn(self.latents.captions, *place, self.seed) for place in zip(taken, epochs, strict=True)]
+        with phase("text"):
+            condition = self.text(captions)
+        x0 = sigma_data * xbar0
+        noise, t = draws.noise * sigma_data, draws.route[:, 0]
+        with phase("teacher"):
+            velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance)
+            trajectory = scm_trajectory(velocity, x0, noise, t, draws.guidance, sigma_data)
+        keep = torch.ones_like(draws.guidance, dtype=torch.bool)  # the brightness filter is TBCM's
+        return Batch(trajectory, condition, keep)

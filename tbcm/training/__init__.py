@@ -1,0 +1,1 @@
+"""Training: the loop, what it reports, and what it would cost."""

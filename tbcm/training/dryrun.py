@@ -1,0 +1,153 @@
+"""`tbcm.train CONFIG --dry-run`: build everything, take one step, say what it costs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tbcm.build import Parts, build_parts
+from tbcm.config import Config
+from tbcm.errors import UserError
+from tbcm.models.network import DiffusersNetwork
+from tbcm.runtime import distributed
+from tbcm.runtime.parallel import shard_size
+from tbcm.training.accounting import CostCounter
+from tbcm.training.holdings import gathered, holdings, on_a_rank
+from tbcm.training.random_parts import random_parts
+from tbcm.training.trainer import Trainer, peak_memory_gib
+
+
+def dry_run(config: Config, device_name: str | None) -> None:
+    """Prints parameters, FLOPs of a step, what each rank will hold and its peak memory; with a GPU, takes a real step
+    after that and prints the peak that was measured.
+
+    FLOPs are counted in an eager step on tensors without data (PyTorch's meta device, behind fake tensors), where no
+    compiled graph or kernel hides a product; memory is the sum of the live tensors. Rollouts that follow one another in
+    a step cost the same: one is run, the gradients it adds to being there from the start, and its FLOPs are multiplied.
+    Where the teacher is not on this machine its architecture gets random weights, which cost the same. Under torchrun
+    it is the run of as many ranks.
+    """
+    device = distributed.init(device_name)
+    parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
+    prompts, rollouts = parts[0].stop - parts[0].start, len(parts)
+    if distributed.is_main():
+        print(account(config, prompts, rollouts), flush=True)
+    if device.type == "cuda":
+        # The second rollout finds the gradients of the first; what follows would cost the same.
+        few = prompts * min(rollouts, 2) * distributed.world_size()
+        measured = measure(_with_prompts(config, few), device)
+        if distributed.is_main():
+            print(_lines({"measured": measured}))
+    distributed.shutdown()
+
+
+def account(config: Config, prompts: int, rollouts: int) -> str:
+    """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each."""
+    shard = shard_size(config.parallel.shard) if config.parallel.mode == "fsdp" else 1
+    with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        config, device = _with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu")
+        trainer = Trainer(config, device, random_parts(config, device))
+        if rollouts > 1:
+            for parameter in trainer.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        flops = counter.flops
+        trainer.train_step()
+    figures = report(trainer, prompts, rollouts, counter.flops - flops)
+    return _lines(figures | memory_report(trainer, rollouts, shard, counter.peak))
+
+
+def measure(config: Config, device: torch.device) -> str:
+    """The peak memory of a real step."""
+    parts, source = _parts_or_random(config, device)
+    trainer = Trainer(config, device, parts)
+    trainer.train_step()
+    torch.cuda.synchronize(device)
+    return f"{peak_memory_gib(device):.2f} GiB at the peak ({torch.cuda.get_device_name(device)}, {source})"
+
+
+def _with_prompts(config: Config, prompts: int) -> Config:
+    """The same, with this many prompts a step."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"prompts_per_step": prompts})})
+
+
+def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[str, str]:
+    """`flops` of a rollout."""
+    config, world = trainer.config, distributed.world_size()
+    encoders = trainer.text.modules
+    family = isinstance(trainer.teacher, DiffusersNetwork)
+    encoder = config.text.cache or (config.teacher.path if family else config.text.encoder)
+    each = trainer.source.samples_per_prompt
+    total = prompts * rollouts * world
+    tera = flops * rollouts / 1e12
+    return {
+        "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path})",
+        "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
+        "text encoder": f"{_parameters(nn.ModuleList(encoders)) if encoders else 'none'} ({encoder})",
+        "step": (
+            f"{total} {'prompts' if config.method.name == 'tbcm' else 'images'} x {each} points = {total * each}"
+            f" samples optimised; {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"
+        ),
+        "FLOPs a step": f"{tera:.4g} TFLOP on each rank ({tera * world / (total * each):.4g} a sample)",
+    }
+
+
+def memory_report(trainer: Trainer, rollouts: int, shard: int, peak: int) -> dict[str, str]:
+    """`peak`: bytes, of a step with a whole student."""
+    size = trainer.config.train.points_per_micro_batch
+    accumulates = rollouts > 1 or (size is not None and size < trainer.source.samples_per_prompt)
+    whole = holdings(trainer)
+    held = on_a_rank(whole, shard, accumulates=accumulates)
+    if shard > 1:
+        peak += sum(held.values()) - sum(whole.values()) + gathered(trainer.student, trainer.blocks)
+    sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
+    over = f"student over {shard} ranks" if shard > 1 else "student on each"
+    return {
+        "a rank holds": f"{sum(held.values()) / 2**30:.2f} GiB: {sizes} ({over})",
+        "peak memory": f"{peak / 2**30:.2f} GiB (accounted, not measured: live tensors, in the precision of a GPU)",
+    }
+
+
+def _lines(lines: dict[str, str]) -> str:
+    return "\n".join(f"{name:>14}: {value}" for name, value in lines.items())
+
+
+def _parts_or_random(config: Config, device: torch.device) -> tuple[Parts, str]:
+    try:
+        return build_parts(config, device), "loaded"
+    except UserError as error:
+        if config.teacher.architecture is None:
+            raise
+        logging.getLogger("tbcm").warning("%s; taking random weights of %s", error, config.teacher.architecture)
+        return random_parts(config, device), "random weights"
+
+
+def as_on_a_gpu(config: Config) -> Config:
+    """Where a precision is auto, what it would be on a GPU."""
+
+    update = {
+        name: section.model_copy(update={"precision": "bf16"})
+        for name, section in (("teacher", config.teacher), ("text", config.text), ("student", config.student))
+        if section.precision == "auto"
+    }
+    return config.model_copy(update=update)
+
+
+def eager(config: Config) -> Config:
+    """The same, without what changes no product and needs a GPU: compilation, capture, overlap, the fused update."""
+    without: dict[str, dict[str, Any]] = {
+        "teacher": {"compile": False, "cuda_graph": False},
+        "student": {"compile": False},
+        "optimizer": {"fused": False},
+        "train": {"overlap_rollout": False},
+    }
+    update = {name: getattr(config, name).model_copy(update=changes) for name, changes in without.items()}
+    return config.model_copy(update=update)
+
+
+def _parameters(model: nn.Module) -> str:
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count / 1e6:,.1f} M parameters"

@@ -1,0 +1,57 @@
+"""What a rank holds in memory from step to step, by kind, whole or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from tbcm.training.trainer import Trainer
+
+SHARDED = "student", "gradients", "optimizer", "average"
+"""What FSDP divides among ranks."""
+
+
+def holdings(trainer: Trainer) -> dict[str, int]:
+    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student, and of what belongs to its weights;
+    of a discriminator with its gradient and its optimiser's two moments."""
+    state = trainer.optimizer.state_dict()["state"].values()
+    return {
+        "teacher": _bytes(tensors(trainer.teacher)),
+        "text encoder": _bytes(tensor for part in trainer.text.modules for tensor in tensors(part)),
+        "VAE": _bytes(tensors(trainer.parts.vae)),
+        "student": _bytes(tensors(trainer.student)),
+        "gradients": _bytes(trainer.parameters),
+        "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
+        "discriminator": _of_discriminator(trainer.adversary.heads) if trainer.adversary else 0,
+        "average": _bytes(trainer.ema.shadow.values()),
+    }
+
+
+def _of_discriminator(heads: nn.Module) -> int:
+    """Its weights and buffers, and of each weight the gradient and AdamW's two moments."""
+    return _bytes(tensors(heads)) + 3 * _bytes(heads.parameters())
+
+
+def on_a_rank(whole: Mapping[str, int], shard: int, *, accumulates: bool) -> dict[str, int]:
+    """Of `holdings`, a rank's share where `shard` ranks divide a student. Gradients stay whole in a step of several
+    micro-batches: they are exchanged after the last."""
+    kept_whole = ("gradients",) if accumulates else ()
+    return {
+        name: -(-size // shard) if name in SHARDED and name not in kept_whole else size for name, size in whole.items()
+    }
+
+
+def gathered(net: nn.Module, blocks: Iterable[nn.Module]) -> int:
+    """Bytes of weights that FSDP has gathered at its peak: of what is in no block, and of two blocks (the one that runs
+    and the next)."""
+    sizes = sorted((_bytes(block.parameters()) for block in blocks), reverse=True)
+    return _bytes(net.parameters()) - sum(sizes) + sum(sizes[:2])
+
+
+def tensors(net: nn.Module | None) -> Iterable[Tensor]:
+    return () if net is None else (*net.parameters(), *net.buffers())
+
+
+def _bytes(some: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in some)

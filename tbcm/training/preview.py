@@ -1,0 +1,70 @@
+"""Image sheets of fixed prompts and noise during training: the average student in 1, 2, 4 steps above its teacher."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tbcm.build import pipeline_of
+from tbcm.errors import UserError
+from tbcm.inference.generation import Sampler
+from tbcm.inference.images import sheet
+from tbcm.runtime import distributed
+from tbcm.runtime.parallel import forget_gathered, is_sharded
+
+if TYPE_CHECKING:
+    from tbcm.runtime.log import MetricLog
+    from tbcm.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+STEPS = (1, 2, 4)
+TEACHER_STEPS = 20
+
+
+class Previewer:
+    """Draws a sheet, on rank 0."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        config, parts = trainer.config, trainer.parts
+        self.prompts = config.log.preview_prompts or [parts.prompts[i * len(parts.prompts) // 8] for i in range(8)]
+
+        text, pipeline = parts.text, pipeline_of(config)
+        self.student = Sampler(parts.student, text, config, pipeline, teacher=False, batch=4)
+        self._teacher_images: Tensor | None = None
+
+    def __call__(self, log: MetricLog) -> None:
+        """A preview that cannot be made (no VAE, no memory, a student that diverged) is a warning: the run goes on.
+
+        A sharded student is asked by all ranks, since each holds a part of it; there an error ends the run, as the
+        others would wait for the rank that had it.
+        """
+        sharded = is_sharded(self.trainer.wrapped)
+        latents = self._latents() if sharded else []
+        if not distributed.is_main():
+            return
+        try:
+            self._draw(log, latents or self._latents())
+        except (UserError, RuntimeError, OSError) as error:
+            logger.warning("no preview at step %d: %s", self.trainer.step, error)
+
+    def _latents(self) -> list[Tensor]:
+        """The average student's, for each of `STEPS`."""
+        with self.trainer.ema.swap(self.trainer.student):
+            try:
+                return [self.student.latents(self.prompts, steps=n) for n in STEPS]
+            finally:
+                forget_gathered(self.trainer.wrapped)  # averages, which the next step would train with
+
+    def _draw(self, log: MetricLog, latents: list[Tensor]) -> None:
+        if self._teacher_images is None:
+            parts, config = self.trainer.parts, self.trainer.config
+            # Not kept: it would hold the null prompt's keys and values a second time.
+            teacher = Sampler(parts.teacher, parts.text, config, self.student.pipeline, teacher=True, batch=4)
+            self._teacher_images = teacher(self.prompts, steps=TEACHER_STEPS)
+        rows = [(f"student {n}", self.student.decode(x)) for n, x in zip(STEPS, latents, strict=True)]
+        rows.append((f"teacher {TEACHER_STEPS}", self._teacher_images))
+        log.image("preview", sheet(rows, self.prompts), self.trainer.step)

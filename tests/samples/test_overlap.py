@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny import tiny_config, tiny_parts
+
+from tbcm.samples.overlap import Overlapped
+from tbcm.samples.rollouts import Batch
+from tbcm.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.trajectory.x, y.trajectory.x)
+        and torch.equal(x.condition.tensors["embeds"], y.condition.tensors["embeds"])
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_batches_are_those_of_the_source_in_any_order_of_steps(tmp_path: Path) -> None:
+    trainer = Trainer(config := tiny_config(tmp_path, train={"prompts_per_rollout": 2}), CPU, tiny_parts(config))
+    ahead = Overlapped(trainer.source, CPU)
+    assert (ahead.batches, ahead.samples_per_prompt) == (2, 3)
+    for step in (0, 1, 2, 7, 3):  # 7 and 3: as after a resume
+        assert same(list(ahead(step)), list(trainer.source(step)))
+
+
+def test_a_step_given_up_half_way_starts_again(tmp_path: Path) -> None:
+    trainer = Trainer(config := tiny_config(tmp_path, train={"prompts_per_rollout": 2}), CPU, tiny_parts(config))
+    ahead = Overlapped(trainer.source, CPU)
+    next(ahead(4))
+    assert same(list(ahead(4)), list(trainer.source(4)))
+
+
+def test_one_batch_is_made_ahead_and_no_more(tmp_path: Path) -> None:
+    trainer = Trainer(config := tiny_config(tmp_path, train={"prompts_per_rollout": 2}), CPU, tiny_parts(config))
+    source, made = trainer.source, []
+    original = source._batch
+
+    def counted(prompts: list[str], draws: object) -> Batch:
+        made.append(len(prompts))
+        return original(prompts, draws)
+
+    source._batch = counted
+    ahead = Overlapped(source, CPU)
+    for taken, _ in enumerate(ahead(0), start=1):
+        assert len(made) == taken + 1
+    list(ahead(1))
+    assert len(made) == 5
+
+
+def test_a_run_with_overlap_is_the_same_run(tmp_path: Path) -> None:
+    students = []
+    for overlap in (False, True):
+        config = tiny_config(tmp_path / str(overlap), train={"steps": 3, "overlap_rollout": overlap})
+        trainer = Trainer(config, CPU, tiny_parts(config))
+        trainer.run()
+        students.append([p.detach() for p in trainer.student.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*students, strict=True))
