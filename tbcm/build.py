@@ -31,10 +31,8 @@ from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.text import MiniLMEncoder, TextEncoder, load_gemma, sana_instruction
 from tbcm.runtime import distributed
 from tbcm.runtime.seeding import seeded
-from tbcm.samples.noised import NoisedLatents, VaeLatents
-from tbcm.samples.overlap import Overlapped
-from tbcm.samples.rollouts import GuidedTeacher, Source, TeacherRollouts, Text, TextConditions
-from tbcm.training.adversary import Adversary
+from tbcm.samples.noised import VaeLatents
+from tbcm.samples.rollouts import Text, TextConditions
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +125,7 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
     prompts, latents, vae = build_prompts(config), None, None
     cached = build_cached_text(config, prompts, device) if config.text.cache else None
-    if config.method.name != "tbcm":
+    if config.method.from_images:
         latents, vae = build_latents(config, device)
     teacher = build_teacher(config, device, torch.float32)
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
@@ -150,66 +148,6 @@ def quantise(teacher: SanaTrigFlow, prompt: Condition, shape: Sequence[int]) -> 
     layers = to_fp8(teacher)
     error = relative_error(exact, teacher(u, t, prompt, w).F)
     logger.info("teacher in fp8: %d layers, relative error of its velocity %.2g", len(layers), error)
-
-
-def build_source(config: Config, device: torch.device, parts: Parts) -> Source:
-    """Where the samples of a step come from."""
-    method, train = config.method, config.train
-    teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device))
-    source: Source
-    if method.name != "tbcm":
-        assert parts.latents is not None
-        source = NoisedLatents(
-            teacher,
-            parts.text,
-            parts.latents,
-            shape=parts.black.shape,
-            device=device,
-            method=method,
-            t_max=parts.teacher.t_max,
-            seed=train.seed,
-            prompts_per_step=train.prompts_per_step,
-            prompts_per_rollout=train.prompts_per_rollout,
-        )
-    else:
-        source = TeacherRollouts(
-            teacher,
-            parts.text,
-            parts.prompts,
-            parts.black,
-            method=method,
-            t_max=parts.teacher.t_max,
-            seed=train.seed,
-            prompts_per_step=train.prompts_per_step,
-            prompts_per_rollout=train.prompts_per_rollout,
-            # A general network may have its own ideas of what is static.
-            cuda_graph=isinstance(parts.teacher, SanaTrigFlow) and switch(config.teacher.cuda_graph, device),
-        )
-    return Overlapped(source, device) if train.overlap_rollout else source
-
-
-def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adversary | None:
-    """Sana-Sprint's; None for the other methods."""
-    method, train = config.method, config.train
-    if method.name != "sprint":
-        return None
-    blocks = len(parts.teacher.blocks)
-    if method.adversary.layers and max(method.adversary.layers) >= blocks:
-        raise UserError(
-            f"method.adversary.layers = {method.adversary.layers}: the teacher's blocks are 0 to {blocks - 1}"
-        )
-    if isinstance(parts.teacher, SanaTrigFlow):
-        parts.teacher.checkpointing = config.student.checkpointing  # only the discriminator differentiates it
-    return Adversary(
-        parts.teacher,
-        lambda: teacher_autocast(config, device),
-        method,
-        t_max=parts.teacher.t_max,
-        seed=train.seed,
-        images=train.prompts_per_step,
-        parts=distributed.local_parts(train.prompts_per_step, train.prompts_per_rollout),
-        device=device,
-    )
 
 
 def build_prompts(config: Config) -> PromptSource:
@@ -367,6 +305,6 @@ def build_black_latent(config: Config, device: torch.device) -> Tensor:
         raise UserError(
             f"teacher.image_size = {size}: should be a multiple of {pipeline.compression}, its VAE's factor"
         )
-    precomputed = config.data.latents if config.method.name != "tbcm" else None
+    precomputed = config.data.latents if config.method.from_images else None
     folder = Path(precomputed or config.out)
     return distributed.run_on_main(lambda: black_latent(pipeline, size, folder, device).cpu()).to(device)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp16": "float16", "fp32": "float32"}
 EPILOG = """
 examples:
-  python -m tbcm.encode_images configs/sana.yaml latents data.images='shards/*.tar'
-  torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana.yaml latents data.images=FOLDER
-  torchrun --nproc_per_node 8 -m tbcm.train configs/sana.yaml method.name=scm data.latents=latents
+  python -m tbcm.encode_images configs/sana_scm.yaml latents data.images='shards/*.tar'
+  torchrun --nproc_per_node 8 -m tbcm.encode_images configs/sana_scm.yaml latents data.images=FOLDER
+  torchrun --nproc_per_node 8 -m tbcm.train configs/sana_scm.yaml data.images=null data.latents=latents
 
 data.images is 'icons', a folder of images with a metadata.jsonl, .csv or .parquet (file_name and data.caption_column)
 or a .txt beside each, .parquet files with images inside,

@@ -31,6 +31,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 400 else f"{text[:400]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in short: its first line, or its type where it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) < 300 else f"{line[:300]}..."
+
+
 def command(main: Callable[[], int | None]) -> Callable[[], int]:
     """Decorates a command line's `main`: a `UserError` is one line on stderr and exit code 2, Ctrl-C exit code 130."""
 

@@ -19,14 +19,14 @@ if __name__ == "__main__":
     FOLDER = Path(sys.argv[1])
     pretend(compile_device(FOLDER))  # before torch is imported
 
-import arms
 import torch
 from host_reads import HostReads
+from speed import arms
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from tbcm.config import Config
-from tbcm.models.sana.network import presets
+from tbcm.models.sana import presets
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 

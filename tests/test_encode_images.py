@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderDC
 from PIL import Image
 from ranks import on_ranks
@@ -23,10 +24,11 @@ from tiny import metrics, tiny_vae, write_config, write_teacher
 from torch import Tensor
 
 from tbcm import encode_images, train
-from tbcm.build import build_latents, build_parts, build_source
+from tbcm.build import build_latents, build_parts
 from tbcm.config import load_config
 from tbcm.data import latent_writer, latents
 from tbcm.errors import UserError
+from tbcm.training.methods import build_method
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 
@@ -176,8 +178,8 @@ def test_dry_runs_have_latents_and_no_vae(home: Path) -> None:
     config = load_config(home / "c.yaml", from_latents(home / "fp32"))
     parts = random_parts(config, CPU)
     assert with_vae.vae is not None and parts.vae is None
-    (batch,) = build_source(config, CPU, parts)(0)
-    (other,) = build_source(load_config(home / "c.yaml"), CPU, with_vae)(0)
+    (batch,) = build_method(config, CPU, parts).source(0)
+    (other,) = build_method(load_config(home / "c.yaml"), CPU, with_vae).source(0)
     assert batch.trajectory.x0.shape == other.trajectory.x0.shape == (4, 4, 8, 8)
 
 
@@ -221,7 +223,11 @@ def test_bad_input_of_the_command(home: Path, tmp_path: Path, call: Call) -> Non
         return call(encode_images.main, home / "c.yaml", *arguments)
 
     assert_one_line(error(tmp_path / "c", "--batch", 0), "--batch 0")
-    assert_one_line(error(tmp_path / "c", "method.name=tbcm", "data.images=null"), "no images to encode", "data.images")
+    tree = yaml.safe_load((home / "c.yaml").read_text())
+    without = {**tree, "method": {"name": "tbcm"}, "data": {**tree["data"], "images": None}}
+    (tmp_path / "tbcm.yaml").write_text(yaml.safe_dump(without))
+    found = call(encode_images.main, tmp_path / "tbcm.yaml", tmp_path / "c")
+    assert_one_line(found, "no images to encode", "data.images")
     assert_one_line(error(tmp_path / "c", "data.images=nowhere"), "nowhere: no such folder of images")
     assert_one_line(error(tmp_path / "c", "data.surprise=1"), "data.surprise")
     assert_one_line(error(tmp_path / "c", "teacher.image_size=100"), "teacher.image_size = 100", "multiple of 8")

@@ -45,7 +45,6 @@ def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
         "data": {"prompts": "unused"},
         "method": {
             "guidance": [2.0, 3.0],
-            "route": {"points": 4, "per_prompt": True},
             "r": {"warmup_steps": 4, "final": 1.0, "cooldown_start": None},
         },
         "optimizer": {"name": "adamw", "lr": 1e-3, "clip": 1.0},
@@ -53,7 +52,9 @@ def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
         "log": {"every": 2, "preview_every": 0},
         "checkpoint": {"every": 100},
     }
-    if sections.get("method", {}).get("name", "tbcm") != "tbcm":
+    if sections.get("method", {}).get("name", "tbcm") == "tbcm":
+        tree["method"]["route"] = {"points": 4, "per_prompt": True}
+    else:
         tree["data"]["images"] = "unused"
     for name, update in sections.items():
         tree[name] = {**tree.get(name, {}), **update}
@@ -82,7 +83,7 @@ def tiny_parts(config: Config, **backbone: Any) -> Parts:
     teacher = SanaTrigFlow(tiny_sana(**backbone), timestep_scale=1.0, differentiable=False, compiled=compiled)
     freeze(teacher)
     text = TextConditions(HashEncoder(), config.teacher.null_mask)
-    latents = None if config.method.name == "tbcm" else TinyLatents()
+    latents = TinyLatents() if config.method.from_images else None
     return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8), latents)
 
 

@@ -8,19 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
+from tbcm.config.methods import Method, Tbcm
 from tbcm.config.paths import UserFolder, UserPath
-from tbcm.config.text import read_tree
+from tbcm.config.section import NonNegativeInt, Precision, Section, Switch
+from tbcm.config.text import read_tree, sections_of
 from tbcm.errors import UserError, shown
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Switch = Literal["auto"] | bool
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Teacher(Section):
@@ -99,57 +93,6 @@ class Data(Section):
         description="instead of data.images: what python -m tbcm.encode_images wrote; training loads no VAE and no"
         " images",
     )
-
-
-class Route(Section):
-    kind: Literal["reference", "logit_normal", "random"] = "reference"
-    points: Annotated[int, Field(ge=2)] = 16
-    per_prompt: bool = Field(False, description="a route for each prompt instead of one a step")
-    shift: PositiveFloat = 2.5
-    train_timesteps: PositiveInt = 1000
-    p_mean: float = 0.2
-    p_std: PositiveFloat = 1.6
-
-
-class R(Section):
-    warmup_steps: NonNegativeInt = 4000
-    final: Annotated[float, Field(gt=0, le=1)] = 0.75
-    cooldown_start: NonNegativeInt | None = Field(15000, description="null: warm up straight to `final`")
-    cooldown_steps: NonNegativeInt = 2000
-
-
-class Adversary(Section):
-    """Sana-Sprint's discriminator (method.name=sprint)."""
-
-    weight: PositiveFloat = Field(0.5, description="of the adversarial loss beside sCM's")
-    max_time: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="share of the student's images that are judged from t_max, where one-step generation starts"
-    )
-    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
-        None, description="the teacher's blocks, counted from 0, whose tokens are scored; default: five spread over it"
-    )
-    noise_mean: float = Field(-0.6, description="of the logit-normal times to which fakes and reals are noised")
-    noise_std: PositiveFloat = 1.0
-    optimizer: Literal["adamw", "came"] = "adamw"
-    lr: PositiveFloat = 1e-4
-    clip: PositiveFloat = 1.0
-
-
-class Method(Section):
-    name: Literal["tbcm", "scm", "sprint"] = Field(
-        "tbcm",
-        description="where samples come from: the teacher's own trajectories, or (scm and sprint, the baselines) noised"
-        " images at one logit-normal time each (route.p_mean, route.p_std); sprint adds an adversarial loss",
-    )
-    sigma_data: PositiveFloat = 0.5
-    route: Route = Route()
-    guidance: Annotated[list[float], Field(min_length=1)] = Field([4.0, 4.5, 5.0], description="drawn from per prompt")
-    brightness_threshold: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="of the brightness filter; 0 turns it off"
-    )
-    r: R = R()
-    tangent_c: PositiveFloat = 0.1
-    adversary: Adversary = Adversary()
 
 
 class Student(Section):
@@ -276,7 +219,7 @@ class Config(Section):
     teacher: Teacher
     data: Data
     text: Text = Text()
-    method: Method = Method()
+    method: Method = Tbcm()
     student: Student = Student()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
@@ -288,7 +231,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.method.name != "tbcm" and (self.data.images is None) == (self.data.latents is None):
+        if self.method.from_images and (self.data.images is None) == (self.data.latents is None):
             raise ValueError(
                 f"method.name={self.method.name} needs data.images ('icons', a folder of images with a metadata.jsonl,"
                 " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
@@ -299,7 +242,7 @@ class Config(Section):
             )
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
             raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
-        if self.method.name != "tbcm" and self.text.cache is not None:
+        if self.method.from_images and self.text.cache is not None:
             raise ValueError(
                 f"method.name={self.method.name} encodes the images' captions: it cannot take them from text.cache"
             )
@@ -327,18 +270,44 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
 
 
 def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        allowed = ", ".join(_siblings(error["loc"]))
-        return f"unknown key {shown(key)} (value {shown(error['input'])}); allowed here: {allowed}"
-    if error["type"] == "missing":
+    keys, section = _place(error["loc"])
+    key, kind = ".".join(keys), error["type"]
+    if kind == "extra_forbidden":
+        allowed = ", ".join(section.model_fields)
+        of = f" (method.name={keys_name})" if (keys_name := _default_name(section)) else ""
+        return f"unknown key {shown(key)} (value {shown(error['input'])}); allowed here{of}: {allowed}"
+    if kind == "missing":
         return f"{key} is missing"
+    if kind == "union_tag_invalid":
+        context = error["ctx"]
+        return f"{key}.name = {shown(context['tag'])}: should be one of {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{key} = {shown(error['input'])}: should be a section"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{key} = {shown(error['input'])}: should be {message}" if key else message
 
 
-def _siblings(location: tuple[str | int, ...]) -> list[str]:
-    model: Any = Config
-    for part in location[:-1]:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
+def _place(location: tuple[str | int, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The keys that lead to an error, and the section of the last one. (In pydantic's location a section that is one of
+    several is followed by its name.)"""
+    keys: list[str] = []
+    section: type[BaseModel] = Config
+    annotation: Any = Config
+    for part in location:
+        among = sections_of(annotation)
+        chosen = [one for one in among if len(among) > 1 and part == _default_name(one)]
+        if chosen:
+            annotation = chosen[0]
+            continue
+        keys.append(str(part))
+        if among:
+            section = among[0]
+            field = section.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+    return keys, section
+
+
+def _default_name(section: type[BaseModel]) -> str | None:
+    """ "scm" for the settings of sCM; None for a section that is not one of several."""
+    field = section.model_fields.get("name")
+    return field.default if field and section in sections_of(Method) else None

@@ -102,7 +102,7 @@ def _with_text_as_written(value: Any, raw: Any, annotation: Any) -> Any:
     if get_origin(annotation) is list and isinstance(value, list) and isinstance(raw, list):
         (item,) = get_args(annotation)
         return [_with_text_as_written(*pair, item) for pair in zip(value, raw, strict=True)]
-    if is_section(annotation) and isinstance(value, dict) and isinstance(raw, dict):
+    if sections_of(annotation) and isinstance(value, dict) and isinstance(raw, dict):
         return {
             key: _with_text_as_written(part, raw.get(key), annotation_of(annotation, [key]))
             for key, part in value.items()
@@ -130,15 +130,21 @@ def _apply(tree: dict[str, Any], override: str, model: type[BaseModel]) -> None:
 
 
 def annotation_of(model: Any, keys: Sequence[Any]) -> Any:
-    """The type of a field, None where there is no such field."""
+    """The type of a field, None where there is no such field. (Where a section is one of several, a field that some
+    of them share has one type.)"""
     for key in keys:
-        field = model.model_fields.get(key) if is_section(model) else None
-        model = field.annotation if field else None
+        fields = [section.model_fields[key] for section in sections_of(model) if key in section.model_fields]
+        model = fields[0].annotation if fields else None
     return model
 
 
-def is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type may hold: one, one of several, or none."""
+    if get_origin(annotation) is Annotated:
+        return sections_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [section for part in get_args(annotation) for section in sections_of(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
 
 def is_text(annotation: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 
 DEFAULT = "openai/clip-vit-large-patch14"
 
@@ -31,12 +31,12 @@ class Clip:
             self._model: Any = CLIPModel.from_pretrained(self.name).to(device).eval().requires_grad_(False)
         except ImportError as error:
             raise UserError(
-                f"the CLIP score cannot be had with these packages ({_first_line(error)}): install what is missing, or"
+                f"the CLIP score cannot be had with these packages ({first_line(error)}): install what is missing, or"
                 " leave 'text' out of --metrics"
             ) from None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"no CLIP model in {self.name!r} ({_first_line(error)}): give --clip a folder that transformers'"
+                f"no CLIP model in {self.name!r} ({first_line(error)}): give --clip a folder that transformers'"
                 " save_pretrained wrote or a hub id that can be reached, or leave 'text' out of --metrics"
             ) from None
 
@@ -69,7 +69,3 @@ class Clip:
         pooled = self._model.text_model(**tokens.to(self.device)).pooler_output
         embedded: Tensor = self._model.text_projection(pooled)
         return embedded
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FILE = URL.rpartition("/")[2]
@@ -38,8 +38,7 @@ class Inception:
             with torch.no_grad():
                 shape = tuple(self._features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape)
         except (RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.file}: is not the Inception network of {URL} ({reason})") from None
+            raise UserError(f"{self.file}: is not the Inception network of {URL} ({first_line(error)})") from None
         if shape != (1, 2048):
             raise UserError(f"{self.file}: its features are {list(shape)}, not [1, 2048]: give the network of {URL}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from statistics import median, quantiles
 
 import torch
 from diffusers import AutoencoderDC
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tbcm.build import dtype_of, weights_dtype
 from tbcm.inference.generation import Sampler, decode_in_parts
+from tbcm.runtime.spread import spread
 
 WARM_UP, REPEATS = 2, 10
 
@@ -40,12 +40,7 @@ def speed(sampler: Sampler, prompts: Sequence[str], *, steps: int, guidance: flo
         "text_throughput": many.rates(many.encode),
         "text_latency": one.seconds(one.encode),
     }
-    return {key: value for name, values in found.items() for key, value in _summary(name, values).items()}
-
-
-def _summary(name: str, values: list[float]) -> dict[str, float]:
-    low, *_, high = quantiles(values, n=5, method="inclusive")
-    return {name: median(values), f"{name}_p20": low, f"{name}_p80": high}
+    return {key: value for name, values in found.items() for key, value in spread(values).named(name).items()}
 
 
 class _Timed:

@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from tbcm.config.methods import trajectories_of
 from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, Subject
@@ -39,9 +40,10 @@ def filtered(xbar0: Tensor, black: Tensor, uniform: Tensor, threshold: float) ->
 
 def make(request: Request) -> Drawing:
     subject = Subject(request, PROMPTS)
-    route = subject.config.method.route
+    method = trajectories_of(subject.config.method)
+    route = method.route
     xbar0 = subject.end_points(subject.routes(route.kind, request.one_steps(route.points)))
-    configured = subject.config.method.brightness_threshold
+    configured = method.brightness_threshold
     threshold = configured or PUBLISHED_THRESHOLD
     uniform = torch.rand(len(subject), generator=generator("cpu", subject.seed, 0, "filter"))
     result = filtered(xbar0, subject.black(), uniform, threshold)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tbcm.config import Route
+from tbcm.config.methods import Route
 from tbcm.method.route import reference_edges
 from tbcm.method.trigflow import renoise
 from tbcm.method.types import Trajectory

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tbcm.config import Route
+from tbcm.config.methods import Route, trajectories_of
 from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, route_of, teacher_config
@@ -33,7 +33,7 @@ def histogram(routes: Tensor, t_max: float, bins: int = _BINS) -> tuple[Tensor, 
 def make(request: Request) -> Drawing:
     config = teacher_config(request.source)
     points, t_max, sigma_data = (
-        request.one_steps(config.method.route.points),
+        request.one_steps(trajectories_of(config.method).points),
         T_MAX,
         config.method.sigma_data,
     )

@@ -19,7 +19,8 @@ from tbcm.build import (
     default_guidance,
     pipeline_of,
 )
-from tbcm.config import Config, Data, Route, load_config
+from tbcm.config import Config, Data, load_config
+from tbcm.config.methods import Route, trajectories_of
 from tbcm.errors import UserError
 from tbcm.inference.generation import NoiseSource, Sampler
 from tbcm.inference.student import PIPELINE_CONFIG, open_source
@@ -165,7 +166,7 @@ def route_of(config: Config, kind: str, points: int) -> Route:
     """The configured route, but of another kind or length."""
     if points < 2:
         raise UserError(f"--steps {points}: a route has at least 2 points")
-    return Route.model_validate(config.method.route.model_dump() | {"kind": kind, "points": points})
+    return Route.model_validate(trajectories_of(config.method).route.model_dump() | {"kind": kind, "points": points})
 
 
 def spread_over(values: Sequence[float], count: int) -> list[int]:

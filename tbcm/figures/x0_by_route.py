@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tbcm.config.methods import trajectories_of
 from tbcm.figures import quantities, style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, Subject
@@ -59,7 +60,7 @@ def page_height(subject: Subject, rows: int) -> int:
 
 def make(request: Request) -> Drawing:
     subject = Subject(request, PROMPTS)
-    points = request.one_steps(subject.config.method.route.points)
+    points = request.one_steps(trajectories_of(subject.config.method).points)
     reference = exact(subject)
     ends = {kind: end_points(subject, kind, points) for kind in SCHEDULES}
     errors = {kind: quantities.relative_error(x0, reference) for kind, x0 in ends.items()}

@@ -18,6 +18,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from tbcm.config.paths import path_argument
+from tbcm.data.decoding import to_unit
 from tbcm.errors import command
 from tbcm.icons.colours import compose, random_colours
 from tbcm.icons.dataset import load_drawings, load_shapes
@@ -50,11 +51,6 @@ def make_autoencoder() -> AutoencoderDC:
         decoder_in_shortcut=False,
         scaling_factor=1.0,
     )
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float().div(127.5).sub(1)
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:

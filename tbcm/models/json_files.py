@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 
 
 def read_json(file: Path, name: str | None = None) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_json(file: Path, name: str | None = None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{name}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; a thousand brackets
-        raise UserError(f"{name}: not JSON that can be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: not JSON that can be read: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{name}: should hold a JSON object, not {type(tree).__name__}")
     return tree

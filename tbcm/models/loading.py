@@ -13,14 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.models.architecture import defaults_of
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.identity import key_of_model, model_identity
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import Checkpointing, SanaTrigFlow, TangentMode
-from tbcm.models.weights import first_line
 
 AnyPipeline = Pipeline | FamilyPipeline
 

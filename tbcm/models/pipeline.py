@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Flow
 from tbcm.method.sampling import student_times
 from tbcm.method.trigflow import T_MAX
@@ -30,7 +30,7 @@ from tbcm.models.architecture import (
 )
 from tbcm.models.families.codec import DeepCompression
 from tbcm.models.json_files import read_json
-from tbcm.models.weights import check_files, choose_variant, first_line, guarded, load_weights
+from tbcm.models.weights import check_files, choose_variant, guarded, load_weights
 
 FLOW_STEPS = 1000
 """diffusers' schedulers count flow-matching time from 0 to 1,000."""

@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from safetensors import safe_open
 from torch import nn
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.models.json_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -171,8 +171,3 @@ def _silent() -> Iterator[None]:
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) < 300 else f"{lines[0][:300]}..."

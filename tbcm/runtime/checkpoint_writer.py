@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.runtime import checkpoint_files as files
 from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
@@ -203,8 +203,7 @@ def _write_tensors(part: Path, target: Path, state: dict[str, Any], ranks: Ranks
 
 
 def first_failure(error: CheckpointException) -> str:
-    failure = next(iter(error.failures.values()))[0]
-    return str(failure).strip().split("\n")[0] or type(failure).__name__
+    return first_line(next(iter(error.failures.values()))[0])
 
 
 def _run_now(work: Callable[[], None]) -> Future[None]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.runtime.signs import pulse
 
 T = TypeVar("T")
@@ -80,5 +80,5 @@ def explain_lost_ranks() -> Iterator[None]:
         with pulse.waiting() if main else nullcontext():
             yield
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"another rank has died or does not answer: its own log says why ({reason})") from error
+        why = first_line(error)
+        raise UserError(f"another rank has died or does not answer: its own log says why ({why})") from error

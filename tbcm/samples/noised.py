@@ -4,13 +4,12 @@ velocity there."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbcm.config import Method
+from tbcm.config.methods import Scm, Sprint
 from tbcm.data.bad import GoodImages
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.data.images import CaptionedImages
@@ -20,8 +19,7 @@ from tbcm.method.scm import scm_trajectory
 from tbcm.models.loading import AnyPipeline
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.phases import phase
-from tbcm.runtime.seeding import generator
-from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Text, draw
+from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Stream, Text, draw
 
 
 class VaeLatents:
@@ -61,7 +59,7 @@ class NoisedLatents:
         latents: CaptionedLatents,
         *,
         shape: Sequence[int],
-        method: Method,
+        method: Scm | Sprint,
         t_max: float,
         seed: int,
         prompts_per_step: int,
@@ -82,13 +80,14 @@ class NoisedLatents:
             yield self._batch(indices[part], epochs[part], draws[part])
 
     def _draw(self, step: int) -> Draws:
-        """The draws of the step's global batch, as in `draw`, with a route of one logit-normal time per image."""
-        count, sigma_data, device = self.prompts_per_step, self.method.sigma_data, self.device
-        draws = draw(self.seed, step, count, self.shape, self.method, self.t_max, device)
-        normal = torch.randn(count, generator=generator(device, self.seed, step, "time"), device=device)
-        law = self.method.route
-        t = logit_normal_times(normal, self.t_max, sigma_data=sigma_data, mean=law.p_mean, std=law.p_std)
-        return replace(draws, route=t[:, None])
+        guidance = self.method.guidance
+        return draw(self.seed, step, self.prompts_per_step, self.shape, guidance, self._draw_times, self.device)
+
+    def _draw_times(self, stream: Stream) -> Tensor:
+        """A logit-normal time for each image [P, 1]."""
+        normal = torch.randn(self.prompts_per_step, generator=stream("time"), device=self.device)
+        law, sigma_data = self.method.times, self.method.sigma_data
+        return logit_normal_times(normal, self.t_max, sigma_data=sigma_data, mean=law.mean, std=law.std)[:, None]
 
     @torch.no_grad()
     def _batch(self, indices: list[int], epochs: list[int], draws: Draws) -> Batch:

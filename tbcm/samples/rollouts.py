@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tbcm.config import Method, Route
+from tbcm.config.methods import Route, Tbcm
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, rollout
@@ -22,6 +22,9 @@ from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.graphs import Graphed
 from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator
+
+Stream = Callable[[str], torch.Generator]
+"""The generator of a step's draws of that name."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,16 @@ class Draws:
 
 
 def draw(
-    seed: int, step: int, prompts: int, shape: Sequence[int], method: Method, t_max: float, device: torch.device
+    seed: int,
+    step: int,
+    prompts: int,
+    shape: Sequence[int],
+    guidance: Sequence[float],
+    draw_times: Callable[[Stream], Tensor],
+    device: torch.device,
 ) -> Draws:
-    """The draws of the step's *global* batch: a function of (seed, step, position) and of nothing else.
+    """The draws of the step's *global* batch: a function of (seed, step, position) and of nothing else. `shape`
+    [C, h, w] is a latent's; of `guidance` one is drawn for each prompt; `draw_times` makes the routes.
 
     Every rank draws them all and takes its slice, so the number of ranks does not change the run and no random state
     has to be saved. (A CPU and a CUDA generator give different numbers.)
@@ -51,13 +61,12 @@ def draw(
     def stream(name: str) -> torch.Generator:
         return generator(device, seed, step, name)
 
-    routes = prompts if method.route.per_prompt else 1
     # Filled in, not copied: a copy from pageable memory waits for the device.
-    scales = torch.stack([torch.full((), scale, device=device) for scale in method.guidance])
+    scales = torch.stack([torch.full((), scale, device=device) for scale in guidance])
     choice = torch.randint(len(scales), (prompts,), generator=stream("guidance"), device=device)
     return Draws(
         noise=torch.randn(prompts, *shape, generator=stream("noise"), device=device),
-        route=draw_route(method.route, routes, t_max, method.sigma_data, stream("route")),
+        route=draw_times(stream),
         guidance=scales[choice],
         uniform=torch.rand(prompts, generator=stream("filter"), device=device),
     )
@@ -172,7 +181,7 @@ class TeacherRollouts:
         prompts: Sequence[str],
         black: Tensor,
         *,
-        method: Method,
+        method: Tbcm,
         t_max: float,
         seed: int,
         prompts_per_step: int,
@@ -191,12 +200,16 @@ class TeacherRollouts:
     def __call__(self, step: int) -> Iterator[Batch]:
         size = len(self.prompts), self.prompts_per_step, step
         places = list(zip(batch_indices(*size, self.seed), batch_epochs(*size), strict=True))
-        draws = draw(
-            self.seed, step, self.prompts_per_step, self.black.shape, self.method, self.t_max, self.black.device
-        )
+        guidance, device = self.method.guidance, self.black.device
+        draws = draw(self.seed, step, self.prompts_per_step, self.black.shape, guidance, self._draw_routes, device)
         for part in self.parts:
             prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[part]]
             yield self._batch(prompts, draws[part])
+
+    def _draw_routes(self, stream: Stream) -> Tensor:
+        route = self.method.route
+        routes = self.prompts_per_step if route.per_prompt else 1
+        return draw_route(route, routes, self.t_max, self.method.sigma_data, stream("route"))
 
     @torch.no_grad()
     def _batch(self, prompts: list[str], draws: Draws) -> Batch:

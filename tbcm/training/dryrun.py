@@ -88,7 +88,7 @@ def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[st
         "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
         "text encoder": f"{_parameters(nn.ModuleList(encoders)) if encoders else 'none'} ({encoder})",
         "step": (
-            f"{total} {'prompts' if config.method.name == 'tbcm' else 'images'} x {each} points = {total * each}"
+            f"{total} {'images' if config.method.from_images else 'prompts'} x {each} points = {total * each}"
             f" samples optimised; {world} rank(s) x {rollouts} rollout(s) of {prompts} prompt(s)"
         ),
         "FLOPs a step": f"{tera:.4g} TFLOP on each rank ({tera * world / (total * each):.4g} a sample)",

@@ -23,7 +23,7 @@ def holdings(trainer: Trainer) -> dict[str, int]:
         "student": _bytes(tensors(trainer.student)),
         "gradients": _bytes(trainer.parameters),
         "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
-        "discriminator": _of_discriminator(trainer.adversary.heads) if trainer.adversary else 0,
+        "discriminator": _of_discriminator(trainer.method.trained) if trainer.method.trained else 0,
         "average": _bytes(trainer.ema.shadow.values()),
     }
 

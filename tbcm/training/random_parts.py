@@ -48,7 +48,7 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     text = TextConditions(encoder, config.teacher.null_mask)
     prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
     student = build_student(config, teacher)
-    if config.method.name == "tbcm":
+    if not config.method.from_images:
         return Parts(teacher, student, text, prompts, black)
     if config.data.latents is not None:
         return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))

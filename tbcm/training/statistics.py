@@ -17,38 +17,50 @@ _BY_T = ("error", "logvar")
 
 
 class StepStatistics:
-    """Means over the samples since the last `reset`, overall and by t; no host synchronisation."""
+    """Means over the samples since the last `reset`, overall and by t; no host synchronisation.
+
+    The sums lie in one tensor, so that a collective exchanges them all: `_named` gives its parts their names.
+    """
 
     def __init__(self, device: torch.device, extra: Sequence[str] = ()) -> None:
-        """`extra`: figures of whole steps that an objective adds by `add_shares`."""
+        """`extra`: figures of whole steps that a method adds by `add_shares`."""
         self.device, self.extra = device, tuple(extra)
+        of_samples = {"samples": 1, "kept": 1, **dict.fromkeys(_AVERAGED, 1)}
+        by_t = {"kept_by_t": BINS, **{f"{name}_by_t": BINS for name in _BY_T}}
+        self._sizes = {"steps": 1, "loss": 1, **of_samples, **by_t, **dict.fromkeys(self.extra, 1)}
+        self._of_samples = slice(2, 2 + sum(of_samples.values()) + sum(by_t.values()))
         self.reset()
 
-    def reset(self) -> None:
-        # steps, loss, samples, kept; then a sum over kept samples for each average, and for each bin of t; the extra.
-        per_sample = 4 + len(_AVERAGED) + BINS * (1 + len(_BY_T))
-        self._sums = torch.zeros(per_sample + len(self.extra), device=self.device)
+    def _named(self, sums: Tensor) -> dict[str, Tensor]:
+        """Views of `sums`, scalars but for those by t [BINS]."""
+        parts = dict(zip(self._sizes, sums.split(list(self._sizes.values())), strict=True))
+        return {name: part if name.endswith("_by_t") else part[0] for name, part in parts.items()}
 
-    def add(self, figures: dict[str, Tensor]) -> None:
+    def reset(self) -> None:
+        self._sums = torch.zeros(sum(self._sizes.values()), device=self.device)
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
         """Per-sample figures [B] as `tbcm_loss` returns them. Dropped samples count for `kept` only."""
         keep = figures["keep"]
         bins = (figures["t"] * (BINS / (math.pi / 2))).long().clamp(0, BINS - 1)
         one_hot = ((bins[:, None] == torch.arange(BINS, device=bins.device)) & keep[:, None]).float()
         values = {name: torch.where(keep, figures[name], 0.0) for name in _AVERAGED}
-        zero, one = keep.new_zeros((), dtype=torch.float32), keep.new_ones(keep.shape, dtype=torch.float32)
-        head = torch.stack([zero, zero, one.sum(), keep.sum(), *(v.sum() for v in values.values())])
-        sums = torch.cat([head, one_hot.sum(0), *(values[name] @ one_hot for name in _BY_T)])
-        self._sums[: len(sums)] += sums
+        one = keep.new_ones(keep.shape, dtype=torch.float32)
+        head = torch.stack([one.sum(), keep.sum(), *(value.sum() for value in values.values())])
+        self._sums[self._of_samples] += torch.cat([head, one_hot.sum(0), *(values[name] @ one_hot for name in _BY_T)])
 
     def add_loss(self, loss: Tensor) -> None:
         """The loss of a step, this rank's share of it."""
-        self._sums[0] += 1.0 / distributed.world_size()
-        self._sums[1] += loss
+        named = self._named(self._sums)
+        named["steps"] += 1.0 / distributed.world_size()
+        named["loss"] += loss
 
     def add_shares(self, figures: Mapping[str, Tensor]) -> None:
         """This rank's shares, scalars, of the step's `extra` figures."""
-        for name, share in figures.items():
-            self._sums[self.extra.index(name) - len(self.extra)] += share
+        if figures:
+            named = self._named(self._sums)
+            for name, share in figures.items():
+                named[name] += share
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """The sums of all ranks, whose means a resumed run goes on with; every rank calls it."""
@@ -61,17 +73,15 @@ class StepStatistics:
         rows = torch.tensor(state["ranks"], device=self.device)
         same = len(rows) == distributed.world_size()
         sums = rows[distributed.rank()] if same else rows.sum(0) / distributed.world_size()
-        self._sums = sums[: len(self._sums)]  # without what another objective added
+        self._sums = sums[: len(self._sums)]  # without what another method added
 
     def summary(self) -> dict[str, Tensor]:
         """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not:
         ||F - sg(F) - g||^2 / D. A bin of t without samples is NaN."""
-        sums = distributed.all_reduce_sum(self._sums)
-        extra = sums[len(sums) - len(self.extra) :]
-        (steps, loss, samples, kept), rest = sums[:4], sums[4 : len(sums) - len(self.extra)]
-        averaged, per_bin, by_t = rest.split([len(_AVERAGED), BINS, BINS * len(_BY_T)])
-        out = {"loss": loss / steps, "kept": kept / samples}
-        out |= dict(zip(_AVERAGED, averaged / kept, strict=True))
-        for name, values in zip(_BY_T, by_t.view(-1, BINS) / per_bin, strict=True):
-            out |= {f"{name}_by_t/{i}": value for i, value in enumerate(values)}
-        return out | dict(zip(self.extra, extra / steps, strict=True))
+        sums = self._named(distributed.all_reduce_sum(self._sums))
+        out = {"loss": sums["loss"] / sums["steps"], "kept": sums["kept"] / sums["samples"]}
+        out |= {name: sums[name] / sums["kept"] for name in _AVERAGED}
+        for name in _BY_T:
+            means = sums[f"{name}_by_t"] / sums["kept_by_t"]
+            out |= {f"{name}_by_t/{i}": mean for i, mean in enumerate(means)}
+        return out | {name: sums[name] / sums["steps"] for name in self.extra}

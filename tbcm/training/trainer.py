@@ -7,20 +7,17 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbcm.build import Parts, autocast, build_adversary, build_source, dtype_of, switch
+from tbcm.build import Parts, autocast, dtype_of, switch
 from tbcm.config import Config, Precision
 from tbcm.data.captions import digest
 from tbcm.errors import UserError
-from tbcm.method.consistency import RSchedule
-from tbcm.method.tbcm import tbcm_loss
-from tbcm.method.types import Trajectory
 from tbcm.models.network import DiffusersNetwork
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_files import name_of
@@ -37,7 +34,8 @@ from tbcm.runtime.profiling import StepProfiler
 from tbcm.runtime.signs import pulse
 from tbcm.runtime.update import build_update
 from tbcm.samples.rollouts import Batch
-from tbcm.training.adversary import FIGURES
+from tbcm.training.methods import build_method
+from tbcm.training.methods.consistency import Figures
 from tbcm.training.preview import Previewer
 from tbcm.training.statistics import StepStatistics
 
@@ -52,21 +50,20 @@ class Trainer:
         self.config, self.device, self.parts = config, device, parts
         self.out = Path(config.out)
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
-        self.source = build_source(config, device, parts)
+        self.method = build_method(config, device, parts)
+        self.source = self.method.source
         self.blocks = self.student.blocks
         self.wrapped = parallelize(self.student, self.blocks, config.parallel.mode, config.parallel.shard, device)
         self.dtype = dtype_of(config.student.precision, device)
-        o, e, r = config.optimizer, config.ema, config.method.r
+        o, e = config.optimizer, config.ema
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(o.name, self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         self.ema = EMA(self.student, e.kind, sigma_rel=e.sigma_rel, halflife=e.halflife_steps, ramp_up=e.ramp_up)
         self.update = build_update(self.student, self.optimizer, self.ema, o.clip, fused=o.fused)
-        self.r_schedule = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
-        self.adversary = build_adversary(config, device, parts)
-        self.statistics = StepStatistics(device, FIGURES if self.adversary else ())
-        self._figures: list[tuple[Callable[[dict[str, Tensor]], None], dict[str, Tensor]]] = []  # of the step so far
+        self.statistics = StepStatistics(device, self.method.figures)
+        self._figures: list[tuple[Figures, Figures]] = []  # of the step so far: of samples, and shares of the step's
         self.grad_norm = torch.zeros((), device=device)
         c = config.checkpoint
         self.writer = CheckpointWriter(
@@ -78,11 +75,6 @@ class Trainer:
         )
         self.step = 0
         self._save_begun: int | None = None  # of the newest
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples optimised in a step, over all ranks."""
-        return self.config.train.prompts_per_step * self.source.samples_per_prompt
 
     # One step
 
@@ -103,8 +95,10 @@ class Trainer:
                 return False
             loss += part
         self.statistics.add_loss(loss)
-        for add, figures in self._figures:
-            add(figures)
+        for samples, shares in self._figures:
+            if samples:
+                self.statistics.add(samples)
+            self.statistics.add_shares(shares)
         self._figures.clear()
         with phase("optimizer"):
             self._update(loss)
@@ -114,8 +108,7 @@ class Trainer:
     def _give_up(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self._figures.clear()
-        if self.adversary:
-            self.adversary.give_up()
+        self.method.give_up()
 
     def _update(self, loss: Tensor) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -124,63 +117,28 @@ class Trainer:
         self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.adversary:  # whose skipped update counts as well: a student must not follow heads that never learn
-            finite = self.adversary.update(finite)
-        self.guard.update(finite, loss)
+        self.guard.update(self.method.update(finite), loss)
 
     def _accumulate(self, index: int, batch: Batch, stop: Callable[[], bool]) -> Tensor | None:
         """Adds the gradient of the step's `index`-th batch, term by term. Returns its part of the loss, or None if told
         to stop."""
         total = torch.zeros((), device=self.device)
-        terms = self._terms(index, batch)
+        terms = self.method.terms(self.wrapped, batch, index, self.step)
+        last_batch = index == self.source.batches - 1
         for i, term in enumerate(terms):
             pulse.beat(self.step)
             if stop():
                 return None
-            last = index == self.source.batches - 1 and i == len(terms) - 1
-            with accumulating(self.wrapped, last=last), self.autocast():
+            with accumulating(self.wrapped, last=last_batch and i == len(terms) - 1), self.autocast():
                 with phase("forward"):
                     loss = term()
                 with phase("backward"):
                     # Gradients are averaged over ranks, and each rank's loss is its share of the global mean.
-                    self.scaler.scale(loss * distributed.world_size()).backward()
-            total += loss.detach()
-            if i == 0 and self.adversary:
-                learnt = self.adversary.learn(last=index == self.source.batches - 1)
-                self._figures.append((self.statistics.add_shares, learnt))
+                    self.scaler.scale(loss.value * distributed.world_size()).backward()
+            total += loss.value.detach()
+            self._figures.append((loss.samples, loss.shares))
+            self._figures.append(({}, self.method.after_backward(i, last_batch=last_batch)))
         return total
-
-    def _terms(self, index: int, batch: Batch) -> list[Callable[[], Tensor]]:
-        """The loss of a batch in terms of which one at a time is in memory: micro-batches of its points, after what the
-        adversary says of it. (The last one is to reach every weight, since it exchanges the gradients.)"""
-        points = batch.trajectory.points(slice(self.source.first_point, None))
-        n = points.t.shape[1]
-        size = min(self.config.train.points_per_micro_batch or n, n)
-        terms: list[Callable[[], Tensor]] = [
-            partial(self._consistency, batch, points.points(slice(start, start + size))) for start in range(0, n, size)
-        ]
-        return [partial(self._adversarial, index, batch), *terms] if self.adversary else terms
-
-    def _consistency(self, batch: Batch, part: Trajectory) -> Tensor:
-        method = self.config.method
-        loss, figures = tbcm_loss(
-            self.wrapped,
-            part,
-            batch.condition,
-            batch.keep,
-            count=self.samples_per_step,
-            r=self.r_schedule(self.step),
-            sigma_data=method.sigma_data,
-            c=method.tangent_c,
-        )
-        self._figures.append((self.statistics.add, figures))
-        return loss
-
-    def _adversarial(self, index: int, batch: Batch) -> Tensor:
-        assert self.adversary is not None
-        loss, figures = self.adversary.loss(self.wrapped, batch, self.step, index)
-        self._figures.append((self.statistics.add_shares, figures))
-        return loss
 
     def autocast(self) -> torch.autocast:
         return autocast(self.dtype, self.device)
@@ -207,9 +165,9 @@ class Trainer:
             contextlib.closing(self.writer),
             noted(),
         ):
-            previewer = Previewer(self) if preview_every else None
+            previewer = Previewer(self.config, self.parts, self.wrapped, self.ema) if preview_every else None
             if previewer and self.step == 0:
-                self._off_the_clock(lambda: previewer(log))
+                self._off_the_clock(lambda: previewer(log, self.step))
             profiler = StepProfiler(self.out, self.config.profile.steps, self.device)
             started = time.monotonic()
 
@@ -226,7 +184,7 @@ class Trainer:
                 if self.step % save_every == 0:
                     self._off_the_clock(self.save)
                 if previewer and self.step % preview_every == 0:
-                    self._off_the_clock(lambda: previewer(log))
+                    self._off_the_clock(lambda: previewer(log, self.step))
                 if distributed.any_rank(self.writer.failed):
                     self._off_the_clock(self._settle)
             self._settle()
@@ -261,9 +219,9 @@ class Trainer:
             self.step,
             {
                 **figures,
-                "r": self.r_schedule(self.step - 1),
+                "r": self.method.r(self.step - 1),
                 "lr": self.learning_rate(self.step - 1),
-                "samples_per_s": self.samples_per_step / seconds_per_step,
+                "samples_per_s": self.method.samples_per_step / seconds_per_step,
                 "seconds_per_step": seconds_per_step,
                 "skipped_updates": self.guard.total,
                 "peak_gib": peak_memory_gib(self.device),
@@ -284,7 +242,7 @@ class Trainer:
             "guard": self.guard,
             "statistics": self.statistics,
             "scaler": self.scaler,
-            **(self.adversary.state() if self.adversary else {}),
+            **self.method.state(),
         }
 
     def save(self) -> None:
@@ -324,7 +282,7 @@ class Trainer:
         manifest = checkpoint.load(self.out, self._state(), optional={"scaler": "fp16's loss scale"})
         self.step = self._save_begun = int(manifest["step"])
         self.writer.saved = self.step, self.out / "checkpoints" / name_of(self.step)
-        changed = differences(manifest["config"], self._described)
+        changed = changes(manifest["config"], self._described)
         if changed and distributed.is_main():
             logger.warning("the configuration is not the checkpoint's: %s", ", ".join(changed))
         logger.info("resumed after step %d", self.step)
@@ -351,13 +309,13 @@ def _precision(name: Precision, device: torch.device) -> str:
     return str(dtype_of(name, device)).removeprefix("torch.")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """What changed, as "key: old -> new"."""
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            found += changes(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key}: {a} -> {b}")
     return found

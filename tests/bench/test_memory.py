@@ -4,11 +4,11 @@ import json
 from functools import cache
 from pathlib import Path
 
-import arms
 import memory
 import pytest
 import torch
 from PIL import Image
+from speed import arms
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

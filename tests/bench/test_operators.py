@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import operators
 import pytest
 import torch
 from scripts import script
+from speed import operators
+from speed.timing import Clock
 from tbcm_kernels.registry import OPERATORS
-from timing import Clock
 
 CPU = torch.device("cpu")
 

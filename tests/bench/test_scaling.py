@@ -6,18 +6,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import cluster
-import on_ranks
 import pytest
 import scaling
-import scaling_model
 import torch
 import torch.distributed as dist
-from collectives import Collectives, Traffic, ring_bytes
-from measure import flops_of, parts
-from on_ranks import Task, configuration
-from scaling_model import Cluster, Ring, Work, predict, rate, traffic, unit_bytes
 from scripts import script
+from speed import cluster, on_ranks, scaling_model
+from speed.collectives import Collectives, Traffic, ring_bytes
+from speed.measure import flops_of, parts
+from speed.on_ranks import Task, configuration
+from speed.scaling_model import Cluster, Ring, Work, predict, rate, traffic, unit_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tbcm.runtime import distributed

@@ -4,13 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-import arms
-import options
 import pytest
 import rows
 import step
 import torch
 from scripts import script
+from speed import arms, options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

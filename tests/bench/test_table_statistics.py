@@ -3,8 +3,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import quality_tables
-from table_statistics import (
+from paper import published
+from paper.statistics import (
     NOT_RESOLVED,
     REPRODUCED,
     REVERSED,
@@ -43,12 +43,12 @@ def test_an_order_is_reproduced_if_all_of_it_is() -> None:
     assert together([REPRODUCED, REPRODUCED]) == REPRODUCED
     assert together([REPRODUCED, NOT_RESOLVED]) == NOT_RESOLVED
     assert together([REPRODUCED, REVERSED, NOT_RESOLVED]) == REVERSED
-    assert quality_tables.order("a", "b", "c") == (("a", "b"), ("b", "c"), ("a", "c"))
-    assert quality_tables.order("a", "b") == (("a", "b"),)
+    assert published.order("a", "b", "c") == (("a", "b"), ("b", "c"), ("a", "c"))
+    assert published.order("a", "b") == (("a", "b"),)
 
 
 def test_the_papers_orders_are_those_of_its_values() -> None:
-    for table in (table for tables in quality_tables.TABLES.values() for table in tables):
+    for table in (table for tables in published.TABLES.values() for table in tables):
         for pairs, sign, name in ((table.by_fid, 1, "fid"), (table.by_clip, -1, "clip")):
             for pair in pairs:
                 better, worse = (getattr(table.line(label), name) for label in pair)

@@ -9,18 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import quality
-import quality_runs
-import quality_tables
-import table_report
-import table_tuning
 import tables
 import torch
-from quality import ARMS, Arm
-from quality_icons import IconRunner
-from quality_runs import Results, Run
+from paper import published, recipes, report, trainings, tuning
+from paper.icons import IconRunner
+from paper.recipes import ARMS, Arm
+from paper.statistics import REPRODUCED, REVERSED
+from paper.trainings import Results, Run
 from scripts import script
-from table_statistics import REPRODUCED, REVERSED
 
 from tbcm.config import load_config
 from tbcm.errors import UserError
@@ -57,13 +53,13 @@ class FakeRunner:
 
 
 def runs_of_tables(*numbers: int, seeds: range = range(2), folder: Path = Path("unused")) -> list[Run]:
-    lines = [(line, n) for n in numbers for table in quality_tables.TABLES[n] for line in table.lines]
+    lines = [(line, n) for n in numbers for table in published.TABLES[n] for line in table.lines]
     wanted = [(ARMS[line.arm], line.steps, n) for line, n in lines]
-    return quality_runs.runs_of(wanted, seeds, BUDGET, folder)
+    return trainings.runs_of(wanted, seeds, BUDGET, folder)
 
 
 def test_arms_that_tables_share_are_one_run() -> None:
-    names = {number: {run.name for run in runs_of_tables(number)} for number in quality_tables.TABLES}
+    names = {number: {run.name for run in runs_of_tables(number)} for number in published.TABLES}
     together = runs_of_tables(2, 4, 5, 6, 7)
     assert len({run.recipe for run in together}) == 20  # 18 trainings, the teacher, the untrained student
     assert len(together) == 2 * 20 < sum(map(len, names.values()))
@@ -74,7 +70,7 @@ def test_arms_that_tables_share_are_one_run() -> None:
 
 
 def recipe(arm: str, budget: int = BUDGET) -> str:
-    return quality.recipe(ARMS[arm], quality.config_of(ARMS[arm], 3, budget, "anywhere"))
+    return recipes.recipe(ARMS[arm], recipes.config_of(ARMS[arm], 3, budget, "anywhere"))
 
 
 def test_a_recipe_is_what_decides_the_result() -> None:
@@ -85,37 +81,42 @@ def test_a_recipe_is_what_decides_the_result() -> None:
 @pytest.mark.parametrize("budget", [480, 9600, 120_000])
 def test_arms_optimise_the_same_number_of_samples(budget: int) -> None:
     arms = {name: arm for name, arm in ARMS.items() if arm.trained and arm.equal == "samples"}
-    configs = {name: quality.config_of(arm, 0, budget) for name, arm in arms.items()}
+    configs = {name: recipes.config_of(arm, 0, budget) for name, arm in arms.items()}
     for name, config in configs.items():
-        a_step = quality.samples(config) / config.train.steps
+        a_step = recipes.samples(config) / config.train.steps
         assert abs(a_step - 120) <= (8 if ARMS[name].tuned else 6), name
-        assert abs(quality.samples(config) - budget) <= a_step / 2, name
+        assert abs(recipes.samples(config) - budget) <= a_step / 2, name
     assert [configs[f"points_{n}"].train.prompts_per_step for n in (8, 12, 16, 20)] == [17, 11, 8, 6]
 
 
 def test_tuned_arms_are_the_recipes_and_others_the_published_settings() -> None:
     for name, file in (("tbcm", "icons.yaml"), ("scm", "icons_scm.yaml"), ("sprint", "icons_sprint.yaml")):
-        own = load_config(quality.CONFIGS / file)
-        tuned, published = (quality.config_of(ARMS[arm], 0, BUDGET) for arm in (f"{name}_tuned", name))
-        assert (tuned.method.route, tuned.student) == (own.method.route, own.student)
+        own = load_config(recipes.CONFIGS / file)
+        tuned, published = (recipes.config_of(ARMS[arm], 0, BUDGET) for arm in (f"{name}_tuned", name))
+        assert (tuned.method, tuned.student) == (
+            own.method.model_copy(update={"r": tuned.method.r}),  # whose steps are scaled
+            own.student,
+        )
         assert tuned.method.r.final == own.method.r.final and tuned.train.prompts_per_step == own.train.prompts_per_step
-        assert (published.method.route.shift, published.method.r.final) == (2.5, 1.0)
+        assert published.method.r.final == 1.0
         assert published.student.guidance_embeds_scale is None and published.optimizer.cooldown_steps == 0
-        assert published.method.route.p_mean == 0.2 and quality.samples(published) == BUDGET
-    assert quality.config_of(ARMS["tbcm"], 0, BUDGET).method.route.points == 16
+        assert name == "tbcm" or published.method.times.mean == 0.2
+        assert recipes.samples(published) == BUDGET
+    route = recipes.config_of(ARMS["tbcm"], 0, BUDGET).method.route
+    assert (route.points, route.shift) == (16, 2.5)
 
 
 def test_arms_of_equal_prompts_have_those_of_sixteen_points() -> None:
-    whole = quality.config_of(ARMS["points_16"], 0, BUDGET)
+    whole = recipes.config_of(ARMS["points_16"], 0, BUDGET)
     for points in (8, 12, 20):
-        config = quality.config_of(ARMS[f"points_{points}_same_prompts"], 0, BUDGET)
+        config = recipes.config_of(ARMS[f"points_{points}_same_prompts"], 0, BUDGET)
         assert config.train == whole.train and config.optimizer == whole.optimizer and config.ema == whole.ema
-        assert quality.samples(config) * 15 == BUDGET * (points - 1)
+        assert recipes.samples(config) * 15 == BUDGET * (points - 1)
 
 
 def test_schedules_keep_their_share_of_the_run() -> None:
-    whole = quality.base_of(ARMS["r_0.5"])
-    tenth = quality.config_of(ARMS["r_0.5"], 0, whole.train.steps * 120 // 10)
+    whole = recipes.base_of(ARMS["r_0.5"])
+    tenth = recipes.config_of(ARMS["r_0.5"], 0, whole.train.steps * 120 // 10)
     steps = tenth.train.steps
     assert steps == whole.train.steps // 10
     # warm-ups, which are longer in a short run: a half and a fifth of it
@@ -124,8 +125,8 @@ def test_schedules_keep_their_share_of_the_run() -> None:
     # the paper's 15,000 and 2,000 of 20,000
     assert (tenth.method.r.cooldown_start, tenth.method.r.cooldown_steps) == (0.75 * steps, 0.1 * steps)
     tried = Arm("tried", "", change=("method.r.warmup_steps=250",))
-    assert quality.config_of(tried, 0, whole.train.steps * 120 // 10).method.r.warmup_steps == 0.25 * steps
-    straight = quality.config_of(ARMS["r_0.75_warmup"], 0, BUDGET).method.r
+    assert recipes.config_of(tried, 0, whole.train.steps * 120 // 10).method.r.warmup_steps == 0.25 * steps
+    straight = recipes.config_of(ARMS["r_0.75_warmup"], 0, BUDGET).method.r
     assert straight.final == 0.75 and straight.cooldown_start is None
 
 
@@ -133,18 +134,18 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_are(tmp_path: Path)
     results, runs = Results("tables", tmp_path / "out", 10, CPU), runs_of_tables(4, folder=tmp_path / "runs")
     first = FakeRunner(stop_at="route_random, seed 1")
     with pytest.raises(KeyboardInterrupt):
-        quality_runs.do(runs, results, first)
+        trainings.do(runs, results, first)
     assert first.trained == [run.name for run in runs[:3]]
     second = FakeRunner()
-    assert quality_runs.do(runs, results, second) == []
+    assert trainings.do(runs, results, second) == []
     assert second.trained == [run.name for run in runs[3:]]
     again = FakeRunner()
-    assert quality_runs.do(runs, results, again) == [] and again.trained == again.measured == []
+    assert trainings.do(runs, results, again) == [] and again.trained == again.measured == []
     # Another number of images is another measurement.
     assert results.missing(runs[0]) == [] and Results("tables", tmp_path / "out", 11, CPU).missing(runs[0]) == [1]
     # What another table asks beyond that is measured of the same runs.
     asked = FakeRunner()
-    quality_runs.do(runs_of_tables(2, 4, folder=tmp_path / "runs"), results, asked)
+    trainings.do(runs_of_tables(2, 4, folder=tmp_path / "runs"), results, asked)
     shared = next(run for run in runs if run.recipe == recipe("tbcm"))
     assert ("tbcm, seed 0", 2) in asked.measured and ("tbcm, seed 0", 1) not in asked.measured
     rows = results.rows()
@@ -169,7 +170,7 @@ def held(tmp_path: Path) -> Iterator[Run]:
     run = runs_of_tables(4, folder=tmp_path / "runs")[1]
     folder = Path(run.config.out).parent
     code = f"from tbcm.runtime.files import RunLock\nwith RunLock({str(folder)!r}):\n  print(flush=True)\n  input()"
-    root = Path(quality.__file__).parents[1]
+    root = Path(recipes.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -184,7 +185,7 @@ def held(tmp_path: Path) -> Iterator[Run]:
 
 def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path, held: Run) -> None:
     runs, runner = runs_of_tables(4, folder=tmp_path / "runs"), FakeRunner(fail_at="route_random, seed 1")
-    problems = quality_runs.do(runs, Results("tables", tmp_path / "out", 10, CPU), runner)
+    problems = trainings.do(runs, Results("tables", tmp_path / "out", 10, CPU), runner)
     assert len(problems) == 2
     assert problems[0].startswith(f"{held.name}: ") and "is in use by process" in problems[0]
     assert problems[1] == "route_random, seed 1: loss was not finite"
@@ -201,10 +202,10 @@ def test_a_run_of_another_process_and_one_that_fails_are_left_out(tmp_path: Path
     ],
 )
 def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
-    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[4]
+    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), published.TABLES[4]
     runs = runs_of_tables(4, seeds=range(3), folder=tmp_path / "runs")
-    quality_runs.do(runs, results, FakeRunner(kid))
-    text = table_report.markdown(table, table_report.Figures(results.rows(), BUDGET, range(4)), 10, results.floor(), {})
+    trainings.do(runs, results, FakeRunner(kid))
+    text = report.markdown(table, report.Figures(results.rows(), BUDGET, range(4)), 10, results.floor(), {})
     # 5, 5.1, 5.2: deviation 0.1, half width 4.303 * 0.1 / sqrt(3)
     assert "| random | 5.10 ± 0.100 [4.85, 5.35], n = 3 |" in text
     assert "| 9,600 |" in text or "| 9600 |" in text
@@ -214,13 +215,13 @@ def test_markdown(tmp_path: Path, kid: dict[str, float], decided: str) -> None:
 
 
 def test_a_recipe_that_has_changed_since_is_not_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[4]
+    results, (table,) = Results("tables", tmp_path / "out", 10, CPU), published.TABLES[4]
     runs = runs_of_tables(4, seeds=range(2), folder=tmp_path / "runs")
-    quality_runs.do(runs, results, FakeRunner())
+    trainings.do(runs, results, FakeRunner())
 
     def report() -> str:
-        figures = table_report.Figures(results.rows(), BUDGET, range(2))
-        return table_report.markdown(table, figures, 10, results.floor(), {})
+        figures = report.Figures(results.rows(), BUDGET, range(2))
+        return report.markdown(table, figures, 10, results.floor(), {})
 
     assert "Not measured yet" not in report() and "| random | 5.05 ±" in report()
     changed = Arm("route_random", "", change=("method.route.kind=random", "optimizer.lr=2e-4"))
@@ -232,15 +233,15 @@ def test_a_recipe_that_has_changed_since_is_not_measured_yet(tmp_path: Path, mon
 
 
 def test_the_gap_that_is_closed(tmp_path: Path) -> None:
-    results, (table, _) = Results("tables", tmp_path / "out", 10, CPU), quality_tables.TABLES[2]
+    results, (table, _) = Results("tables", tmp_path / "out", 10, CPU), published.TABLES[2]
     kid = {"untrained": 70.0, "teacher": 0.0, "tbcm": 7.0}
-    quality_runs.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
-    figures = table_report.Figures(results.rows(), BUDGET, range(3))
+    trainings.do(runs_of_tables(2, seeds=range(3), folder=tmp_path / "runs"), results, FakeRunner(kid))
+    figures = report.Figures(results.rows(), BUDGET, range(3))
     lines = tuple(table.line(label) for label in ("TBCM, 1 step", "untrained student, 1 step", "teacher, 20 steps"))
-    share = table_report.gap_closed(*lines, figures, "kid")
+    share = report.gap_closed(*lines, figures, "kid")
     assert share and share.mean == pytest.approx(0.9) and share.n == 3
-    assert table_report.gap_closed(lines[0], lines[1], lines[1], figures, "kid") is None  # there is no gap
-    rows = table_report.gaps(table, figures, "untrained student, 1 step", "teacher, 20 steps").splitlines()[2:]
+    assert report.gap_closed(lines[0], lines[1], lines[1], figures, "kid") is None  # there is no gap
+    rows = report.gaps(table, figures, "untrained student, 1 step", "teacher, 20 steps").splitlines()[2:]
     methods = [
         f"{method}, {steps}" for method in ("sCM", "Sana-Sprint", "TBCM") for steps in ("1 step", "2 steps", "4 steps")
     ]
@@ -249,22 +250,22 @@ def test_the_gap_that_is_closed(tmp_path: Path) -> None:
 
 
 def test_all_methods_are_tuned_with_the_same_effort(tmp_path: Path) -> None:
-    grids = [table_tuning.grid(method) for method in table_tuning.METHODS]
+    grids = [tuning.grid(method) for method in tuning.METHODS]
     assert len({tuple(arm.what for arm in grid) for grid in grids}) == 1 and len(grids[0]) == 7
     for grid in grids:
-        configs = [quality.config_of(arm, 0, BUDGET) for arm in grid]
-        assert len({quality.recipe(arm, config) for arm, config in zip(grid, configs, strict=True)}) == 7
-        assert all(abs(quality.samples(config) - BUDGET) <= 120 for config in configs)
+        configs = [recipes.config_of(arm, 0, BUDGET) for arm in grid]
+        assert len({recipes.recipe(arm, config) for arm, config in zip(grid, configs, strict=True)}) == 7
+        assert all(abs(recipes.samples(config) - BUDGET) <= 120 for config in configs)
         assert configs[2].optimizer.lr == pytest.approx(9 * configs[1].optimizer.lr, rel=1e-2)
         assert configs[3].train.steps == 4 * configs[4].train.steps
     results, arms = (
         Results("tuning", tmp_path / "out", 10, CPU),
-        [*grids[0][:2], table_tuning.attempt("tbcm", ["ema.ramp_up=null"])],
+        [*grids[0][:2], tuning.attempt("tbcm", ["ema.ramp_up=null"])],
     )
-    runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100, 101], BUDGET, tmp_path / "runs")
-    quality_runs.do(runs, results, FakeRunner({"tbcm: lr / 3": 4.0}))
-    text = table_tuning.markdown(results.rows(), "tbcm", 10)
-    assert text and table_tuning.markdown(results.rows(), "scm", 10) is None and results.image_counts() == [10]
+    runs = trainings.runs_of([(arm, 1, None) for arm in arms], [100, 101], BUDGET, tmp_path / "runs")
+    trainings.do(runs, results, FakeRunner({"tbcm: lr / 3": 4.0}))
+    text = tuning.markdown(results.rows(), "tbcm", 10)
+    assert text and tuning.markdown(results.rows(), "scm", 10) is None and results.image_counts() == [10]
     lines = text.splitlines()
     tried = [line.split(" | ")[0].strip("| ") for line in lines if line.startswith("|")][2:]
     assert tried[0] == "lr / 3" and set(tried) == {"lr / 3", "recipe", "ema.ramp_up=null"}
@@ -277,9 +278,9 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = [Arm("quick", "", change=change), ARMS["untrained"]]
     monkeypatch.setattr(IconRunner, "judge", property(lambda self: Judge(self)))
     results = Results("tables", tmp_path / "out", 4, CPU)
-    runs = quality_runs.runs_of([(arm, 1, 4) for arm in arms], [0], 6, tmp_path / "runs")
+    runs = trainings.runs_of([(arm, 1, 4) for arm in arms], [0], 6, tmp_path / "runs")
     runner = IconRunner(runs[0].config, 4, tmp_path / "references", torch.device("cpu"))
-    assert quality_runs.do(runs, results, runner) == []
+    assert trainings.do(runs, results, runner) == []
     assert checkpoint_steps(runs[0]) == [2]
     values = {(row["arm"], row["metric"]): row["value"] for row in results.rows()}
     assert values["quick", "agreement_error"] > 0 and values["quick", "train_seconds"] > 0
@@ -313,7 +314,7 @@ def checkpoint_steps(run: Run) -> list[int]:
 def test_command_line(tmp_path: Path) -> None:
     results = Results("tables", tmp_path, 2000, CPU)
     runner = FakeRunner({"untrained": 70.0, "teacher": 0.0})
-    quality_runs.do(runs_of_tables(2, 4, 7, seeds=range(2), folder=tmp_path / "runs"), results, runner)
+    trainings.do(runs_of_tables(2, 4, 7, seeds=range(2), folder=tmp_path / "runs"), results, runner)
     done = script("bench/tables.py", "--report", "--table", "2", "3", "4", "7", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "### Table 7" in done.stdout and "Not measured yet" in done.stdout
@@ -326,9 +327,9 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_what_was_tried_is_reported_by_number_of_images(tmp_path: Path) -> None:
     for images in (10, 20):
-        arms = table_tuning.grid("scm")[: images // 10]
-        runs = quality_runs.runs_of([(arm, 1, None) for arm in arms], [100], BUDGET, tmp_path / "runs")
-        quality_runs.do(runs, Results("tuning", tmp_path, images, CPU), FakeRunner())
+        arms = tuning.grid("scm")[: images // 10]
+        runs = trainings.runs_of([(arm, 1, None) for arm in arms], [100], BUDGET, tmp_path / "runs")
+        trainings.do(runs, Results("tuning", tmp_path, images, CPU), FakeRunner())
     for method, counts in (("scm", [1, 2]), ("sprint", [])):
         done = script("bench/tables.py", "--report", "--tune", method, "--out", str(tmp_path))
         assert done.returncode == 0, done.stderr

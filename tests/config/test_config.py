@@ -54,7 +54,7 @@ def test_the_published_baselines() -> None:
     scm, sprint = (load_config(CONFIGS / f"sana_{name}.yaml") for name in ("scm", "sprint"))
     for c in (scm, sprint):
         assert c.train.prompts_per_step == 16 * 32 and c.method.r.final == 1 and c.method.r.cooldown_start is None
-        assert (c.method.route.p_mean, c.method.route.p_std) == (0.2, 1.6)
+        assert (c.method.times.mean, c.method.times.std) == (0.2, 1.6)
     a = sprint.method.adversary
     assert (a.weight, a.max_time, a.layers, a.noise_mean, a.noise_std) == (0.5, 0.5, [2, 8, 14, 19], -0.6, 1)
     assert (a.optimizer, a.lr, a.clip) == ("came", sprint.optimizer.lr, sprint.optimizer.clip)

@@ -13,7 +13,7 @@ import yaml
 
 from tbcm.config import Config, load_config
 from tbcm.config.paths import path_argument, source_argument
-from tbcm.config.text import annotation_of, is_section, is_text
+from tbcm.config.text import annotation_of, is_text, sections_of
 from tbcm.errors import UserError
 
 MINIMAL = "out: run\nteacher: {path: icons}\ndata: {prompts: icons}\n"
@@ -115,8 +115,8 @@ def text_fields(model: type, prefix: str = "") -> list[str]:
     found = []
     for name in model.model_fields:  # type: ignore[attr-defined]
         annotation = annotation_of(model, [name])
-        if is_section(annotation):
-            found += text_fields(annotation, f"{prefix}{name}.")
+        if sections := sections_of(annotation):
+            found += [field for section in sections for field in text_fields(section, f"{prefix}{name}.")]
         elif is_text(annotation) and "Literal" not in str(annotation):
             found.append(prefix + name)
     return found

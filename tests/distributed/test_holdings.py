@@ -16,6 +16,7 @@ from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
 from tbcm.runtime.files import write_json
 from tbcm.training.holdings import gathered, holdings, on_a_rank
+from tbcm.training.methods.sprint import Sprint
 from tbcm.training.trainer import Trainer
 
 
@@ -65,8 +66,9 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
 def test_a_discriminator_is_told_with_what_belongs_to_its_weights(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, method={"name": "sprint"})
     trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
-    assert trainer.adversary is not None
-    heads = trainer.adversary.heads
+    assert isinstance(trainer.method, Sprint)
+    heads = trainer.method.adversary.heads
     weights, gradients = size([*heads.parameters(), *heads.buffers()]), size(heads.parameters())
-    moments = size(value for one in trainer.adversary.optimizer.state.values() for value in one.values() if value.ndim)
+    state = trainer.method.adversary.optimizer.state.values()
+    moments = size(value for one in state for value in one.values() if value.ndim)
     assert holdings(trainer)["discriminator"] == weights + gradients + moments

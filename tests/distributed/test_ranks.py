@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from tbcm.runtime import distributed
 from tbcm.runtime.files import write_json
-from tbcm.training.adversary import FIGURES
+from tbcm.training.methods.adversary import FIGURES
 from tbcm.training.preview import Previewer
 from tbcm.training.trainer import Trainer
 

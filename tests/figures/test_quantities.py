@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tbcm.config import Route
+from tbcm.config.methods import Route
 from tbcm.figures import quantities
 from tbcm.figures.brightness import filtered
 from tbcm.figures.routes import draw_routes, histogram

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-import arms
 import pytest
 import torch
 from helpers import random_condition, tiny_sana
+from speed import arms
 from tbcm_kernels import dispatch
 from torch import Tensor
 

@@ -18,6 +18,7 @@ from tiny import PROMPTS, metrics, tiny_config, tiny_parts, tiny_vae
 from torch import Tensor
 
 from tbcm.build import Parts
+from tbcm.config.methods import Scm, Times
 from tbcm.errors import UserError
 from tbcm.models.pipeline import Pipeline
 from tbcm.runtime import distributed
@@ -63,7 +64,7 @@ def make(parts: Parts, **options: Any) -> NoisedLatents:
     arguments = {
         "shape": parts.black.shape,
         "device": CPU,
-        "method": tiny_config(Path("unused")).method,
+        "method": Scm(guidance=[2.0, 3.0]),
         "t_max": T_MAX,
         "seed": 0,
         "prompts_per_step": PER_STEP,
@@ -99,7 +100,7 @@ def test_a_batch_is_noised_latents_with_the_guided_teachers_velocity(parts: Part
     t = path.t[:, 0, None, None, None]
     x = path.x[:, 0]
     z = (x - t.cos() * path.x0) / t.sin()
-    noise = draw(0, 3, n, (4, 8, 8), tiny_config(Path("unused")).method, T_MAX, CPU).noise
+    noise = draw(0, 3, n, (4, 8, 8), [2.0, 3.0], lambda _: torch.empty(0), CPU).noise
     torch.testing.assert_close(z, SIGMA * noise, rtol=1e-3, atol=1e-3)
     null = parts.text.null_prompt.expand(n)
     cond, uncond = (parts.teacher(x / SIGMA, path.t[:, 0], c).F for c in (batch.condition, null))
@@ -124,9 +125,7 @@ def test_draws_are_a_function_of_seed_and_step(parts: Parts) -> None:
 
 
 def test_times_are_logit_normal_and_guidance_is_drawn_from_the_configured(parts: Parts) -> None:
-    method = tiny_config(
-        Path("unused"), method={"route": {"p_mean": -0.5, "p_std": 1.2}, "guidance": [2.0, 3.0]}
-    ).method
+    method = Scm(times=Times(mean=-0.5, std=1.2), guidance=[2.0, 3.0])
     data = make(parts, method=method, prompts_per_step=1000)
     drawn = data._draw(0)
     t = drawn.route[:, 0]

@@ -13,15 +13,15 @@ from tiny import metrics, tiny_config, tiny_parts
 from torch import Tensor
 
 from tbcm.errors import UserError
-from tbcm.training.adversary import Adversary, draw_adversarial
+from tbcm.training.methods.adversary import Adversary, draw_adversarial
+from tbcm.training.methods.sprint import Sprint
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
 
 def make(out: Path, name: str = "sprint", adversary: dict[str, Any] | None = None, **sections: Any) -> Trainer:
-    plain = tiny_config(out).method.model_dump(exclude={"name", "adversary"})
-    method = {**plain, "name": name, "adversary": adversary or {}}
+    method = {"name": name} | ({"adversary": adversary or {}} if name == "sprint" else {})
     config = tiny_config(out, method=method, **sections)
     trainer = Trainer(config, CPU, tiny_parts(config))
     with torch.no_grad():  # a student that is not its teacher, whose adversarial gradient is then that of nothing else
@@ -46,8 +46,8 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
 
 
 def adversary_of(trainer: Trainer) -> Adversary:
-    assert trainer.adversary is not None
-    return trainer.adversary
+    assert isinstance(trainer.method, Sprint)
+    return trainer.method.adversary
 
 
 def by_definition(trainer: Trainer) -> list[Tensor]:

@@ -22,7 +22,7 @@ from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.models.pipeline import Pipeline
 from tbcm.runtime import checkpoint
-from tbcm.samples.rollouts import draw
+from tbcm.samples.rollouts import Stream, draw, draw_route
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -131,7 +131,10 @@ def test_draws_are_a_function_of_seed_and_step_and_of_the_place_in_the_global_ba
     method = tiny_config(Path("unused")).method
 
     def drawn(seed: int, step: int) -> Any:
-        return draw(seed, step, 4, (4, 8, 8), method, torch.pi / 2, CPU)
+        def routes(stream: Stream) -> Tensor:
+            return draw_route(method.route, 4, torch.pi / 2, method.sigma_data, stream("route"))
+
+        return draw(seed, step, 4, (4, 8, 8), method.guidance, routes, CPU)
 
     a, again, later, other = drawn(0, 7), drawn(0, 7), drawn(0, 8), drawn(1, 7)
     assert torch.equal(a.noise, again.noise) and torch.equal(a.route, again.route)

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Formulation
 from tbcm.models.families.codec import Codec, Pixels, codec_of
 from tbcm.models.families.export import FewSteps, few_steps
@@ -19,7 +19,6 @@ from tbcm.models.families.rows import family_of
 from tbcm.models.families.text import RecordedConditions, encoders_of
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.weights import first_line
 
 
 @dataclass(frozen=True)

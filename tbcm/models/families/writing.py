@@ -10,10 +10,9 @@ import diffusers
 import torch
 from torch import nn
 
-from tbcm.errors import UserError
+from tbcm.errors import UserError, first_line
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.families.text import UNUSED
-from tbcm.models.weights import first_line
 
 
 def copy_pipeline(teacher: FamilyPipeline, network: nn.Module, scheduler: Any, out: Path, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm.config import Method
+from tbcm.config.methods import Sprint
 from tbcm.method.route import logit_normal_times
 from tbcm.method.sprint import adversarial_times, discriminator_loss, student_loss
 from tbcm.method.trigflow import renoise, rotate
@@ -45,10 +45,10 @@ class AdversarialDraws:
 
 
 def draw_adversarial(
-    seed: int, step: int, images: int, shape: Sequence[int], method: Method, t_max: float, device: torch.device
+    seed: int, step: int, images: int, shape: Sequence[int], method: Sprint, t_max: float, device: torch.device
 ) -> AdversarialDraws:
     """The draws of the step's *global* batch, as those of `samples.rollouts.draw`; `shape` [C, h, w] is a latent's."""
-    a, law, sigma_data = method.adversary, method.route, method.sigma_data
+    a, law, sigma_data = method.adversary, method.times, method.sigma_data
 
     def stream(name: str) -> torch.Generator:
         return generator(device, seed, step, name)
@@ -67,8 +67,8 @@ def draw_adversarial(
             t_max,
             share=a.max_time,
             sigma_data=sigma_data,
-            mean=law.p_mean,
-            std=law.p_std,
+            mean=law.mean,
+            std=law.std,
         ),
         z=normal("adversarial noise", *shape),
         fake_s=discriminator_times("fake time"),
@@ -90,7 +90,7 @@ class Adversary:
         self,
         teacher: TeacherNetwork,
         autocast: Callable[[], AbstractContextManager[object]],
-        method: Method,
+        method: Sprint,
         *,
         t_max: float,
         seed: int,

@@ -1,0 +1,22 @@
+"""The methods as the trainer uses them: where samples come from, the loss in terms, and what else a method trains.
+
+A new method is its settings (`tbcm.config.methods`), a class here, and its row below.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tbcm.build import Parts
+from tbcm.config import Config
+from tbcm.training.methods.consistency import Consistency
+from tbcm.training.methods.scm import Scm
+from tbcm.training.methods.sprint import Sprint
+from tbcm.training.methods.tbcm import Tbcm
+
+METHODS: dict[str, type[Consistency]] = {"tbcm": Tbcm, "scm": Scm, "sprint": Sprint}
+
+
+def build_method(config: Config, device: torch.device, parts: Parts) -> Consistency:
+    """The configured method."""
+    return METHODS[config.method.name](config, device, parts)
