@@ -7,6 +7,6 @@ that name, and imports it.
 if __name__ == "__main__":
     import sys
 
-    from operators import main
+    from speed.operators import main
 
     sys.exit(main())

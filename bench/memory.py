@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import arms
-import options
 import torch
-from measure import Measured, freed, parts, quiet
 from rows import append, table
+from speed import arms, options
+from speed.measure import Measured, freed, parts, quiet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -74,8 +73,8 @@ def _row(trainer: Trainer, peak: int, base: int) -> Row:
     held = holdings(trainer)
     weights, gradients = (sum(held[name] for name in names) for names in (NETWORKS, ["gradients"]))
     return {
-        "samples": trainer.samples_per_step,
-        "points": trainer.config.method.route.points if trainer.config.method.name == "tbcm" else 1,
+        "samples": trainer.method.samples_per_step,
+        "points": trainer.config.method.points,
         "peak_gib": peak / 2**30,
         "base_gib": base / 2**30,
         "dynamic_gib": (peak - base) / 2**30,

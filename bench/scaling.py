@@ -20,19 +20,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import arms
-import cluster
-import on_ranks
-import options
 import torch
-from collectives import KINDS
-from on_ranks import SINGLE, Task, without
 from rows import RESULTS, append, table
+from speed import arms, cluster, on_ranks, options
+from speed.collectives import KINDS
+from speed.on_ranks import SINGLE, Task, without
 from torch.multiprocessing import ProcessRaisedException
 from tqdm import tqdm
 
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
+from tbcm.runtime.spread import spread
 
 COLUMNS = {
     "model": "model",
@@ -109,10 +107,10 @@ def _row(task: Task, ranks: int, mode: str, seconds: list[float]) -> Row:
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
-    low, *_, high = statistics.quantiles(values, n=5)
+    middle, low, high = spread(values)
     median = f"{name}_ms" if name else "median_ms"
     prefix = f"{name}_" if name else ""
-    return {median: statistics.median(values), f"{prefix}p20_ms": low, f"{prefix}p80_ms": high}
+    return {median: middle, f"{prefix}p20_ms": low, f"{prefix}p80_ms": high}
 
 
 def _median_ratio(above: Iterable[float], below: Iterable[float]) -> float:

@@ -12,12 +12,11 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import arms
-import options
 import torch
-from measure import PHASES, Measured, flops_of, freed, quiet
 from rows import append, table
-from timing import matmul_rate
+from speed import arms, options
+from speed.measure import PHASES, Measured, flops_of, freed, quiet
+from speed.timing import matmul_rate
 from tqdm import tqdm
 
 from tbcm.build import dtype_of

@@ -16,18 +16,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import quality
-import quality_runs
-import table_costs
-import table_report
-import table_speed
-import table_tuning
 import torch
-from measure import quiet
-from quality_icons import IconRunner
-from quality_runs import Results, Wanted
-from quality_tables import TABLES
+from paper import costs, recipes, report, speed, trainings, tuning
+from paper.icons import IconRunner
+from paper.published import TABLES
+from paper.trainings import Results, Wanted
 from rows import RESULTS
+from speed.measure import quiet
 
 from tbcm.config import load_config
 from tbcm.config.paths import path_argument
@@ -46,12 +41,12 @@ def parse() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", nargs="+", type=int, choices=NUMBERS, default=NUMBERS, help="default: all")
-    what.add_argument("--tune", choices=table_tuning.METHODS, help="a method, in place of tables")
+    what.add_argument("--tune", choices=tuning.METHODS, help="a method, in place of tables")
     parser.add_argument("--try", nargs="+", dest="attempt", metavar="key=value", help="--tune: this, not the grid")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm")
     parser.add_argument("--budget", type=int, default=9600, help="samples that a run optimises (80 steps of 120)")
     parser.add_argument("--images", type=int, default=2000, help="samples that a student is measured on (2 to 2,400)")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms; see bench/quality.py")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms; see bench/paper/recipes.py")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument(
@@ -77,30 +72,30 @@ def tables(arguments: argparse.Namespace, device: torch.device) -> list[str]:
         runner = _runner(arguments, device)
         chosen = [table for number in numbers for table in TABLES.get(number, ())]
         lines = [(line, table.number) for table in chosen for line in table.lines]
-        wanted: list[Wanted] = [(quality.ARMS[line.arm], line.steps, number) for line, number in lines]
+        wanted: list[Wanted] = [(recipes.ARMS[line.arm], line.steps, number) for line, number in lines]
         problems = _do(wanted, seeds, results, arguments, runner) if wanted else []
         if 2 in numbers and not arguments.only:
-            table_speed.measure(results, runner, budget)
+            speed.measure(results, runner, budget)
         if 3 in numbers and not arguments.only:
-            table_costs.measure(budget, results, device)
-    figures = table_report.Figures(results.rows(), budget, seeds)
+            costs.measure(budget, results, device)
+    figures = report.Figures(results.rows(), budget, seeds)
     for number in numbers:
         _write(arguments.out / f"table-{number}.md", _table(number, figures, results, budget))
     return problems
 
 
-def _table(number: int, figures: table_report.Figures, results: Results, budget: int) -> str:
+def _table(number: int, figures: report.Figures, results: Results, budget: int) -> str:
     if number == 3:
-        return table_costs.markdown(budget, results)
+        return costs.markdown(budget, results)
     if number != 2:
-        parts = [table_report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
+        parts = [report.markdown(of, figures, results.images, results.floor(), {}) for of in TABLES[number]]
         return "\n\n".join(parts)
-    speeds = table_speed.cells(results)
+    speeds = speed.cells(results)
     parts = []
     for methods in TABLES[2]:
-        parts.append(table_report.markdown(methods, figures, results.images, results.floor(), speeds))
-        parts.append(table_report.gaps(methods, figures, "untrained student, 1 step", "teacher, 20 steps"))
-    return "\n\n".join([*parts, *([table_speed.NOTE] if any(row["images/s"] for row in speeds.values()) else [])])
+        parts.append(report.markdown(methods, figures, results.images, results.floor(), speeds))
+        parts.append(report.gaps(methods, figures, "untrained student, 1 step", "teacher, 20 steps"))
+    return "\n\n".join([*parts, *([speed.NOTE] if any(row["images/s"] for row in speeds.values()) else [])])
 
 
 def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
@@ -108,19 +103,19 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> list[str]:
     method, problems = arguments.tune, []
     if not arguments.report:
         change = arguments.attempt
-        chosen = [table_tuning.attempt(method, change)] if change else table_tuning.grid(method)
+        chosen = [tuning.attempt(method, change)] if change else tuning.grid(method)
         wanted: list[Wanted] = [(arm, 1, None) for arm in chosen]
-        seeds = range(table_tuning.FIRST_SEED, table_tuning.FIRST_SEED + arguments.seeds)
+        seeds = range(tuning.FIRST_SEED, tuning.FIRST_SEED + arguments.seeds)
         problems = _do(wanted, seeds, results, arguments, _runner(arguments, device))
     measured = [Results("tuning", arguments.out, images, device) for images in results.image_counts()]
-    parts = [table_tuning.markdown(each.rows(), method, each.images) for each in measured]
+    parts = [tuning.markdown(each.rows(), method, each.images) for each in measured]
     text = "\n\n".join(filter(None, parts)) or "Nothing is measured yet."
     _write(arguments.out / f"tuning-{method}.md", f"### Tuning of {method}\n\n{text}")
     return problems
 
 
 def _runner(arguments: argparse.Namespace, device: torch.device) -> IconRunner:
-    base = load_config(quality.CONFIGS / quality.ARMS["tbcm"].config)
+    base = load_config(recipes.CONFIGS / recipes.ARMS["tbcm"].config)
     return IconRunner(base, arguments.images, arguments.runs / "references", device)
 
 
@@ -131,8 +126,8 @@ def _do(
     if unknown := [name for name in arguments.only or [] if name not in names]:
         raise UserError(f"--only {unknown[0]!r}: no arm of these; choose from {', '.join(map(repr, names))}")
     chosen = [each for each in wanted if not arguments.only or each[0].name in arguments.only]
-    runs = quality_runs.runs_of(chosen, seeds, arguments.budget, arguments.runs)
-    return quality_runs.do(runs, results, runner)
+    runs = trainings.runs_of(chosen, seeds, arguments.budget, arguments.runs)
+    return trainings.do(runs, results, runner)
 
 
 def _write(path: Path, text: str) -> None:

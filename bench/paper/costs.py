@@ -6,17 +6,18 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-import arms
 import memory
-import quality
 import torch
-from measure import Measured, flops_of, freed
-from quality_runs import Results
 from rows import Row, table
-from table_statistics import NOT_RESOLVED, REPRODUCED, REVERSED, paired, together, verdict
+from speed import arms
+from speed.measure import Measured, flops_of, freed
 from tqdm import tqdm
 
+from paper import recipes
+from paper.statistics import NOT_RESOLVED, REPRODUCED, REVERSED, paired, together, verdict
+from paper.trainings import Results
 from tbcm.config import Config
+from tbcm.runtime.spread import spread
 
 METHODS = ("sprint", "scm", "tbcm")
 NAMES = {"sprint": "Sana-Sprint", "scm": "sCM", "tbcm": "TBCM"}
@@ -31,21 +32,21 @@ SANA_BATCH = 15  # one prompt with 16 points; the paper's 16 are no whole number
 def measure(budget: int, results: Results, device: torch.device) -> None:
     """Measures and appends what is missing. Times are of steps in turns, in one process; memory is the allocator's on
     CUDA, else accounted as it would be there; of Sana-0.6B both are accounted only."""
-    recipes = _recipes(budget)
+    recipe_of = _recipe_of(budget)
     found = {(row["recipe"], row["metric"]) for row in results.rows()}
-    configs = {name: quality.config_of(quality.ARMS[name], 0, budget) for name in METHODS}
-    if any((recipe, "seconds_a_sample") not in found for recipe in recipes.values()):
+    configs = {name: recipes.config_of(recipes.ARMS[name], 0, budget) for name in METHODS}
+    if any((recipe, "seconds_a_sample") not in found for recipe in recipe_of.values()):
         for name, seconds in _times(configs, device).items():
             results.add_row(
-                [3], name, recipes[name], None, "seconds_a_sample", statistics.median(seconds), values=seconds
+                [3], name, recipe_of[name], None, "seconds_a_sample", statistics.median(seconds), values=seconds
             )
-    missing = [name for name in METHODS if (recipes[name], "peak_gib") not in found]
+    missing = [name for name in METHODS if (recipe_of[name], "peak_gib") not in found]
     for name in tqdm(missing, desc="memory", unit="method", disable=None):
         with freed(device):
             account = memory.measured if device.type == "cuda" else memory.accounted
             gib = account("fast", configs[name], device)["peak_gib"]
             counted = device.type != "cuda"
-            results.add_row([3], name, recipes[name], None, "peak_gib", gib, accounted=counted)
+            results.add_row([3], name, recipe_of[name], None, "peak_gib", gib, accounted=counted)
     for name in tqdm(METHODS, desc=SANA, unit="method", disable=None):
         if (SANA, f"{name}_gib") not in found:
             config = arms.config(SANA, "published", name, SANA_BATCH, 16, torch.device("cuda"))
@@ -64,17 +65,17 @@ def _times(configs: dict[str, Config], device: torch.device) -> dict[str, list[f
     for _ in tqdm(range(ROUNDS), desc="steps in turns", unit="round", disable=None):
         for one in ready.values():
             one.step()
-    return {name: [s / one.trainer.samples_per_step for s in one.seconds] for name, one in ready.items()}
+    return {name: [s / one.trainer.method.samples_per_step for s in one.seconds] for name, one in ready.items()}
 
 
 def markdown(budget: int, results: Results) -> str:
-    recipes, found = _recipes(budget), {(row["recipe"], row["metric"]): row for row in results.rows()}
-    times = {name: found.get((recipes[name], "seconds_a_sample")) for name in METHODS}
-    gib = {name: found.get((recipes[name], "peak_gib")) for name in METHODS}
+    recipe_of, found = _recipe_of(budget), {(row["recipe"], row["metric"]): row for row in results.rows()}
+    times = {name: found.get((recipe_of[name], "seconds_a_sample")) for name in METHODS}
+    gib = {name: found.get((recipe_of[name], "peak_gib")) for name in METHODS}
     if not all(times.values()) or not all(gib.values()):
         return "### Table 3: what a sample costs\n\nNot measured yet."
     of_sana = {name: [found.get((SANA, f"{name}_{what}")) for what in ("tflop", "gib")] for name in METHODS}
-    rows = [_row(name, budget, times, gib, of_sana, found[recipes[name], "peak_gib"]) for name in METHODS]
+    rows = [_row(name, budget, times, gib, of_sana, found[recipe_of[name], "peak_gib"]) for name in METHODS]
     headings = {
         "method": "method",
         "ms": "ms a sample",
@@ -113,7 +114,7 @@ def _row(
 ) -> Row:
     here, base = times[name], times["scm"]
     assert here and base and gib["scm"]
-    low, ratio, high = _quantiles([a / b for a, b in zip(here["values"], base["values"], strict=True)])
+    ratio, low, high = spread([a / b for a, b in zip(here["values"], base["values"], strict=True)])
     row: Row = {
         "method": NAMES[name],
         "ms": 1000 * here["value"],
@@ -156,11 +157,6 @@ def _exactly(better: float, worse: float) -> str:
     return REPRODUCED if better < worse else REVERSED if better > worse else NOT_RESOLVED
 
 
-def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    low, *_, high = statistics.quantiles(values, n=5)
-    return low, statistics.median(values), high
-
-
-def _recipes(budget: int) -> dict[str, str]:
-    chosen = (quality.ARMS[name] for name in METHODS)
-    return {arm.name: quality.recipe(arm, quality.config_of(arm, 0, budget)) for arm in chosen}
+def _recipe_of(budget: int) -> dict[str, str]:
+    chosen = (recipes.ARMS[name] for name in METHODS)
+    return {arm.name: recipes.recipe(arm, recipes.config_of(arm, 0, budget)) for arm in chosen}

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from quality_runs import Run
 from torch import Tensor
 
+from paper.trainings import Run
 from tbcm.build import AnyNetwork, build_student, build_teacher, build_text, pipeline_of, student_weights
 from tbcm.config import Config
 from tbcm.evaluation.agreement import relative_errors

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from tbcm.config import Config, load_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 _IN_STEPS = (
     "optimizer.warmup_steps",
     "optimizer.cooldown_steps",
@@ -23,11 +23,17 @@ _IN_STEPS = (
 _WARM_UPS = {"icons.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_steps", 0.2))}
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 250 instead of 9, after 4,800 samples). The baselines are not, and do best with theirs."""
-_SANA = ("student.guidance_embeds_scale=null", "method.route.shift=2.5", "method.r.final=1.0")
+_SANA = ("student.guidance_embeds_scale=null", "method.r.final=1.0")
 _PUBLISHED = {
-    "icons.yaml": (*_SANA, "method.route.points=16", "train.prompts_per_step=8", "optimizer.cooldown_steps=0"),
-    "icons_scm.yaml": (*_SANA, "method.route.p_mean=0.2"),
-    "icons_sprint.yaml": (*_SANA, "method.route.p_mean=0.2"),
+    "icons.yaml": (
+        *_SANA,
+        "method.route.shift=2.5",
+        "method.route.points=16",
+        "train.prompts_per_step=8",
+        "optimizer.cooldown_steps=0",
+    ),
+    "icons_scm.yaml": (*_SANA, "method.times.mean=0.2"),
+    "icons_sprint.yaml": (*_SANA, "method.times.mean=0.2"),
 }
 """What all arms but the tuned ones take in the place of what configs/ has for icons, unless they change it: as
 published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
@@ -156,7 +162,7 @@ def base_of(arm: Arm) -> Config:
 def samples_per_prompt(config: Config) -> int:
     """Of the points of a route all but the first train (it has weight 0 at t = pi/2); a baseline trains an image at one
     time."""
-    return config.method.route.points - 1 if config.method.name == "tbcm" else 1
+    return 1 if config.method.from_images else config.method.points - 1
 
 
 def samples(config: Config) -> int:

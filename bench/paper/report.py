@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import quality
-from quality_tables import Line, Pairs, Table
 from rows import Row, table
-from table_statistics import Summary, paired, summary, together, verdict
+
+from paper import recipes
+from paper.published import Line, Pairs, Table
+from paper.statistics import Summary, paired, summary, together, verdict
 
 METRICS = {
     "kid": "KID x 1e3",
@@ -56,7 +57,7 @@ class Figures:
 
     def changed(self, line: Line) -> bool:
         """Whether its arm was measured with another recipe than it has now, at this budget."""
-        samples = quality.samples(quality.config_of(quality.ARMS[line.arm], 0, self.budget))
+        samples = recipes.samples(recipes.config_of(recipes.ARMS[line.arm], 0, self.budget))
         found = (row for row in self._rows if row["arm"] == line.arm and row.get("samples") == samples)
         return any(row["recipe"] != self._recipe(line.arm) for row in found)
 
@@ -70,8 +71,8 @@ class Figures:
 
     def _recipe(self, arm: str) -> str:
         if arm not in self._recipes:
-            one = quality.ARMS[arm]
-            self._recipes[arm] = quality.recipe(one, quality.config_of(one, 0, self.budget))
+            one = recipes.ARMS[arm]
+            self._recipes[arm] = recipes.recipe(one, recipes.config_of(one, 0, self.budget))
         return self._recipes[arm]
 
 
@@ -145,7 +146,7 @@ def gaps(of: Table, figures: Figures, before: str, goal: str) -> str:
     """A table of `gap_closed` by the trained students."""
     rows: list[Row] = []
     for line in of.lines:
-        if not quality.ARMS[line.arm].trained:
+        if not recipes.ARMS[line.arm].trained:
             continue
         row: Row = {"label": line.label}
         for metric in ("kid", "fid", "kid_to_teacher"):

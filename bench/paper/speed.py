@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import quality
-from quality_icons import SPEED_BATCH, IconRunner
-from quality_runs import Results, Run, runs_of
-from quality_tables import TABLES
 from rows import Row
 from tqdm import tqdm
+
+from paper import recipes
+from paper.icons import SPEED_BATCH, IconRunner
+from paper.published import TABLES
+from paper.trainings import Results, Run, runs_of
 
 PAPER = {"teacher, 20 steps": (1.7, 0.9), "sCM, 1 step": (7.22, 0.21)}
 PAPER |= dict.fromkeys(("Sana-Sprint, 1 step", "TBCM, 1 step"), PAPER["sCM, 1 step"])
@@ -45,5 +46,5 @@ def cells(results: Results) -> dict[str, Row]:
 def _runs(budget: int) -> list[Run]:
     """The two networks, each with all its numbers of steps."""
     lines = TABLES[2][0].lines  # those of the tuned arms are the same networks
-    networks = [(quality.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in lines]
+    networks = [(recipes.ARMS["teacher" if line.arm == "teacher" else "untrained"], line) for line in lines]
     return runs_of(((arm, line.steps, 2) for arm, line in networks), [0], budget, Path("unused"))

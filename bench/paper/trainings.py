@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import quality
 import torch
-from quality import Arm
 from rows import Row, append
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from paper import recipes
+from paper.recipes import Arm
 from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.runtime.files import RunLock
@@ -47,13 +47,13 @@ def runs_of(wanted: Iterable[Wanted], seeds: Sequence[int], budget: int, folder:
     """The runs that `wanted` needs, each once: all of the first seed, of the second, ..."""
     by_recipe: dict[str, list[Wanted]] = {}
     for each in wanted:
-        by_recipe.setdefault(quality.recipe(each[0], quality.config_of(each[0], 0, budget)), []).append(each)
+        by_recipe.setdefault(recipes.recipe(each[0], recipes.config_of(each[0], 0, budget)), []).append(each)
 
     def run(seed: int, recipe: str) -> Run:
         arm = by_recipe[recipe][0][0]
         steps = sorted({steps for _, steps, _ in by_recipe[recipe]})
         tables = sorted({table for *_, table in by_recipe[recipe] if table is not None})
-        config = quality.config_of(arm, seed, budget, folder / f"{recipe}-seed{seed}" / "run")
+        config = recipes.config_of(arm, seed, budget, folder / f"{recipe}-seed{seed}" / "run")
         return Run(arm, seed, config, recipe, tuple(steps), tuple(tables))
 
     return [run(seed, recipe) for seed in seeds for recipe in by_recipe]
@@ -93,7 +93,7 @@ class Results:
         return [steps for steps in run.samplings if steps not in done]
 
     def add_training(self, run: Run, seconds: float) -> None:
-        self._add(run, None, None, {"train_seconds": seconds}, config=quality.stated(run.config))
+        self._add(run, None, None, {"train_seconds": seconds}, config=recipes.stated(run.config))
 
     def add(self, run: Run, steps: int, figures: dict[str, float]) -> None:
         """`evaluate_seconds` is written last: with it the others are whole."""
@@ -117,7 +117,7 @@ class Results:
 
     def _add(self, run: Run, steps: int | None, images: int | None, figures: dict[str, float], **more: Any) -> None:
         if run.arm.trained:
-            more |= {"samples": quality.samples(run.config), "training_steps": run.config.train.steps}
+            more |= {"samples": recipes.samples(run.config), "training_steps": run.config.train.steps}
         for metric, value in figures.items():
             self.add_row(
                 run.tables,

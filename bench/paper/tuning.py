@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import quality
-from quality import ARMS, Arm
 from rows import Row, table
-from table_report import METRICS, cell
 
+from paper import recipes
+from paper.recipes import ARMS, Arm
+from paper.report import METRICS, cell
 from tbcm.config import Config
 
 FIRST_SEED = 100
@@ -20,7 +20,7 @@ def grid(method: str) -> list[Arm]:
     """The arm of the tables, then one thing changed at a time: learning rate, samples a step (steps follow), width of
     the weights' average, each down and up."""
     base = ARMS[method]
-    config = quality.base_of(base)
+    config = recipes.base_of(base)
     lr, prompts, ema = config.optimizer.lr, config.train.prompts_per_step, config.ema
     variations: list[tuple[str, tuple[str, ...]]] = [
         ("lr / 3", (f"optimizer.lr={lr / 3:.3g}",)),

@@ -99,13 +99,13 @@ def config(model: str, arm: str, method: str, samples: int, points: int, device:
     if samples % each and samples > each:
         raise ValueError(f"{samples} samples are no whole number of prompts with {each} points")
     prompts = max(1, samples // each)
-    base = MODELS[model]
+    base, route = MODELS[model], {"points": min(points, samples + 1), "per_prompt": True}
     tree: dict[str, Any] = {
         "out": "unused",
         "teacher": {"path": "unused", "architecture": model, **base["teacher"]},
         "text": dict(base["text"]),
         "data": {"prompts": "unused", "images": "unused"},
-        "method": {"name": method, "route": {"points": min(points, samples + 1), "per_prompt": True}},
+        "method": {"name": method} | ({} if method != "tbcm" else {"route": route}),
         "optimizer": {"name": "came"},
         "train": {"prompts_per_step": prompts},
         "log": {"preview_every": 0},

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from collectives import KINDS
 from rows import append, table
-from scaling_model import MODES, Cluster, Work, predict, traffic, work_of
 from tqdm import tqdm
 
+from speed.collectives import KINDS
+from speed.scaling_model import MODES, Cluster, Work, predict, traffic, work_of
 from tbcm.config import load_config
 from tbcm.errors import UserError
 from tbcm.training.dryrun import as_on_a_gpu
 
-RECIPE = Path(__file__).parents[1] / "configs" / "sana.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "sana.yaml"
 MODELS = "sana-600m", "sana-1600m"
 SAMPLES = 1, 5, 15, 60
 NETWORKS = 400.0, 50.0, 12.5, 3.125
@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
     print("\n".join(f"* {name} {assumed[name]:g}: {what}" for name, (_, what) in _DEFAULTS.items()))
     work = works[MODELS[0]]
     print(f"* the recipe of {RECIPE.name}: a prompt of 15 samples on each rank, in {work.micro_batches} micro-batches")
-    print("* and what bench/scaling_model.py says is not in it\n")
+    print("* and what bench/speed/scaling_model.py says is not in it\n")
     print(table(rows, {key: name for key, name in COLUMNS.items() if any(key in row for row in rows)}))
     print(f"\nEfficiency of ddp, {MODELS[0]}, against samples of a rank and the network of a node:\n")
     heads = {"samples": "samples", **{f"{rate:g}": f"{rate:g} GB/s" for rate in NETWORKS}}

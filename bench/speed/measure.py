@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import arms
 import torch
 from tbcm_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from speed import arms
 from tbcm.build import Parts
 from tbcm.config import Config
 from tbcm.runtime.phases import PhaseTimer
+from tbcm.runtime.spread import spread
 from tbcm.training.accounting import CostCounter
 from tbcm.training.dryrun import eager
 from tbcm.training.random_parts import random_parts
@@ -64,8 +65,7 @@ class Measured:
 
     def row(self, flops: int) -> dict[str, Any]:
         """The figures of the steps taken; `flops` of one."""
-        median = statistics.median(self.seconds)
-        low, *_, high = statistics.quantiles(self.seconds, n=5)
+        median, p20, p80 = spread(self.seconds)
         by_phase = {
             name: 1000 * statistics.median(step.get(name, 0.0) for step in self.phases)
             for name in PHASES
@@ -74,13 +74,13 @@ class Measured:
         return {
             "arm": self.name,
             "method": self.config.method.name,
-            "samples": self.trainer.samples_per_step,
-            "points": self.config.method.route.points,
+            "samples": self.trainer.method.samples_per_step,
+            "points": self.config.method.points,
             "steps": len(self.seconds),
             "median_ms": 1000 * median,
-            "p20_ms": 1000 * low,
-            "p80_ms": 1000 * high,
-            "samples_per_s": self.trainer.samples_per_step / median,
+            "p20_ms": 1000 * p20,
+            "p80_ms": 1000 * p80,
+            "samples_per_s": self.trainer.method.samples_per_step / median,
             "tflop": flops / 1e12,
             "tflop_per_s": flops / 1e12 / median,
             **{f"{name}_ms": value for name, value in by_phase.items()},

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import arms
 import torch
 import torch.distributed as dist
-from collectives import Collectives, Traffic
-from measure import WARM_UP, parts, quiet
 from torch import multiprocessing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  (makes the backend "fake" known)
 
+from speed import arms
+from speed.collectives import Collectives, Traffic
+from speed.measure import WARM_UP, parts, quiet
 from tbcm.build import build_student
 from tbcm.config import Config
 from tbcm.runtime import distributed, parallel

@@ -19,16 +19,16 @@ from itertools import product
 from typing import Any
 
 import torch
-from measure import freed
 from rows import RESULTS, append, table
 from tbcm_kernels import dispatch
 from tbcm_kernels.ahead import tensors
 from tbcm_kernels.catalog import Cost, Operator, Size, sana
 from tbcm_kernels.registry import OPERATORS
-from timing import Clock, matmul_rate
 from torch import Tensor
 from tqdm import tqdm
 
+from speed.measure import freed
+from speed.timing import Clock, matmul_rate
 from tbcm.build import dtype_of
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command

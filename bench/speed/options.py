@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 
-import arms
 import torch
 from rows import RESULTS
 
+from speed import arms
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError
 from tbcm.runtime.distributed import pick_device

@@ -17,10 +17,10 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from collectives import Traffic, ring_bytes
-from measure import parts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from speed.collectives import Traffic, ring_bytes
+from speed.measure import parts
 from tbcm.config import Config
 from tbcm.runtime.phases import PhaseTimer
 from tbcm.training.accounting import CostCounter

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-
-class Times(NamedTuple):
-    """Milliseconds."""
-
-    median: float
-    p20: float
-    p80: float
+from tbcm.runtime.spread import Spread, spread
 
 
 class Clock:
@@ -31,10 +24,10 @@ class Clock:
         self.device, self.repeats = device, repeats
         self._flush = torch.empty(2**28 if device.type == "cuda" else 0, dtype=torch.int8, device=device)
 
-    def __call__(self, function: Callable[[], Any]) -> Times:
+    def __call__(self, function: Callable[[], Any]) -> Spread:
+        """Milliseconds."""
         times = self._on_cuda(function) if self.device.type == "cuda" else self._on_cpu(function)
-        low, *_, high = statistics.quantiles(times, n=5)
-        return Times(statistics.median(times), low, high)
+        return spread(times)
 
     def on_a_stream(self) -> AbstractContextManager[object]:
         """Inside, work goes to a stream of its own."""
