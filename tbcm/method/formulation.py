@@ -131,6 +131,11 @@ class Diffusion:
         """t_k."""
         return float(self._tables[torch.device("cpu")][0][index])
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """abar_k = cos(t_k)^2, [K] fp64."""
+        return self._tables[torch.device("cpu")][0].cos().square()
+
     def __len__(self) -> int:
         return len(self._tables[torch.device("cpu")][0])
 

@@ -37,13 +37,11 @@ def few_steps(family: Family, formulation: Formulation, scheduler: Any, steps: i
     Raises:
         UserError: EDM: no scheduler of diffusers does consistency sampling in its coordinates.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     count = {"num_inference_steps": steps, **family.unguided}
     if isinstance(formulation, Diffusion):
-        # Betas are given: LCMScheduler's defaults are not those of the scheduler that the configuration was saved by.
-        betas = {key: scheduler.config[key] for key in _BETAS if key in scheduler.config}
-        lcm = LCMScheduler(**betas, clip_sample=False, timestep_scaling=1e9, original_inference_steps=len(formulation))
+        lcm = _lcm_scheduler(formulation, scheduler)
         indices = [(len(formulation) * (steps - i)) // steps - 1 for i in range(steps)]
         if family.times == "grid":
             lcm.set_timesteps(steps, original_inference_steps=len(formulation))
@@ -72,6 +70,25 @@ def few_steps(family: Family, formulation: Formulation, scheduler: Any, steps: i
     else:
         count["sigmas"] = sigmas.tolist()
     return FewSteps(FlowMatchEulerDiscreteScheduler(**options), count, time_from_flow(sigmas).tolist())
+
+
+def _lcm_scheduler(formulation: Diffusion, scheduler: Any) -> Any:
+    """With the table of the teacher's `scheduler`.
+
+    Its betas are given: LCMScheduler's defaults are not those of the scheduler that the configuration was saved by.
+    Where they do not make the same table (schedulers rescale, shift or clip theirs, each by settings of its own), the
+    betas that do are written out.
+    """
+    from diffusers import LCMScheduler
+
+    options = {"clip_sample": False, "timestep_scaling": 1e9, "original_inference_steps": len(formulation)}
+    betas = {key: scheduler.config[key] for key in _BETAS if key in scheduler.config}
+    lcm, table = LCMScheduler(**betas, **options), formulation.alphas_cumprod
+    if torch.allclose(lcm.alphas_cumprod.double(), table, rtol=1e-4, atol=1e-9):
+        return lcm
+    written = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
+    prediction = {key: betas[key] for key in ("prediction_type",) if key in betas}
+    return LCMScheduler(trained_betas=written.tolist(), num_train_timesteps=len(formulation), **prediction, **options)
 
 
 def evenly(steps: int) -> list[float]:
