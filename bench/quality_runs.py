@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.runtime.files import RunLock
+from tbcm.runtime.lock import RunLock
 
 logger = logging.getLogger("tbcm.bench")
 FLOOR = "floor"
