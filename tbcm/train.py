@@ -80,7 +80,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
     from tbcm.runtime import distributed
     from tbcm.runtime.allocator import reuse_freed_memory
-    from tbcm.runtime.files import RunLock, remove_leftovers
+    from tbcm.runtime.leftovers import remove_leftovers
+    from tbcm.runtime.lock import RunLock
     from tbcm.runtime.log import log_to_file, setup_logging
     from tbcm.runtime.watchdog import Watchdog
 

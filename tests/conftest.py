@@ -17,6 +17,13 @@ else:
 
 from tbcm_kernels import dispatch
 
+LONGEST = "tests/distributed/", "tests/bench/", "tests/kernels/test_ahead", "tests/test_fake_cuda", "tests/test_command"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take longest begin first, so that no worker has one left when the others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:

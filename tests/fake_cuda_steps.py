@@ -21,17 +21,17 @@ if __name__ == "__main__":
 
 import torch
 from host_reads import HostReads
+from shrunk import shrink
 from speed import arms
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from tbcm.config import Config
-from tbcm.models.sana import presets
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 
 CUDA = torch.device("cuda")
-presets.MINILM["num_hidden_layers"] = presets.SANA["tiny"]["num_layers"] = 1
+shrink()
 
 
 def config(arm: str, method: str = "tbcm", optimizer: str = "came") -> Config:

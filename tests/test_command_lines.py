@@ -276,7 +276,7 @@ def test_values_that_fit_no_device_or_image(call: Run, config: Path, monkeypatch
 
 
 def test_two_runs_in_one_folder(call: Run, config: Path, tmp_path: Path) -> None:
-    from tbcm.runtime.files import RunLock
+    from tbcm.runtime.lock import RunLock
 
     with RunLock(tmp_path / "run"):
         assert_one_line(call(train.main, config), "in use")

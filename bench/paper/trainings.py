@@ -18,7 +18,7 @@ from paper import recipes
 from paper.recipes import Arm
 from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.runtime.files import RunLock
+from tbcm.runtime.lock import RunLock
 
 logger = logging.getLogger("tbcm.bench")
 FLOOR = "floor"

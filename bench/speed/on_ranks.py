@@ -69,7 +69,7 @@ def run(task: Task, world: int, result: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (world, port, task, result), nprocs=world)
+    multiprocessing.start_processes(_rank, (world, port, task, result), nprocs=world, start_method="forkserver")
 
 
 def _rank(rank: int, world: int, port: int, task: Task, result: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 
 from tbcm.config.methods import Method, Tbcm
-from tbcm.config.paths import UserFolder, UserPath
+from tbcm.config.paths import UserData, UserFolder, UserPath
 from tbcm.config.section import NonNegativeInt, Precision, Section, Switch
 from tbcm.config.text import read_tree, sections_of
 from tbcm.errors import UserError, shown
@@ -65,20 +65,20 @@ class Text(Section):
         " null prompt once a run); false: at every point",
     )
     precision: Precision = "auto"
-    cache: UserPath | None = Field(
+    cache: UserFolder | None = Field(
         None, description="what python -m tbcm.encode wrote: training takes the text from it, and loads no encoder"
     )
 
 
 class Data(Section):
-    prompts: UserPath = Field(
+    prompts: UserData = Field(
         description="'icons' (shipped), a .txt, .jsonl, .csv, .tsv (each also .gz) or .parquet file, a folder of them,"
         " or a pattern such as parts/*.parquet"
     )
     column: str = Field(
         "prompt", description="the column of the prompts (all but .txt); json.prompt is a key inside the column json"
     )
-    images: UserPath | None = Field(
+    images: UserData | None = Field(
         None,
         description="for the baselines (method.name): 'icons' (shipped), a folder of images with a metadata.jsonl or a"
         " .txt beside each, WebDataset shards such as shards/*.tar, or .parquet files with images",
@@ -88,7 +88,7 @@ class Data(Section):
         0.05,
         description="share of data.images that may be bad: damaged, or without a caption. They are skipped and told",
     )
-    latents: UserPath | None = Field(
+    latents: UserFolder | None = Field(
         None,
         description="instead of data.images: what python -m tbcm.encode_images wrote; training loads no VAE and no"
         " images",

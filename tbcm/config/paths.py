@@ -1,7 +1,7 @@
 """Paths as people write them: in a configuration, as an override and on a command line.
 
-Every path and hub id that a user gives goes through `user_path`: `UserPath` is its type in a configuration,
-`path_argument` and `source_argument` are those of command lines.
+Every path and hub id that a user gives goes through `user_path`: `UserPath`, `UserData` and `UserFolder` are its types
+in a configuration, `path_argument` and `source_argument` are those of command lines.
 """
 
 from __future__ import annotations
@@ -49,18 +49,33 @@ def _at_home(text: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """Its absolute path, links followed, where `path` names something on this disk: else (a hub id, a pattern, 'icons')
-    `path` itself."""
+    """Its absolute path, links followed, where `path` names something on this disk: else (a hub id, 'icons') `path`
+    itself."""
     found = path != "icons" and os.path.exists(path)  # noqa: PTH110 (Path.exists raises where it may not look)
     return os.path.realpath(path) if found else path
 
 
+def located(path: str) -> str:
+    """The absolute path of data ('icons' is itself): of a pattern, or of what is missing, that of the folders which are
+    there, links followed, and the rest as it is written. Names in front of it that look like patterns stay names, for
+    `tbcm.data.files.expand` takes what is there as it is written."""
+    if path == "icons":
+        return path
+    there, parts = "", Path(path).parts
+    while parts and os.path.lexists(os.path.join(there, parts[0])):  # noqa: PTH118 (Path("") / x is no different)
+        there, parts = os.path.join(there, parts[0]), parts[1:]  # noqa: PTH118
+    return str(Path(os.path.realpath(there), *parts))
+
+
 UserPath = Annotated[str, AfterValidator(user_path), AfterValidator(resolved)]
-"""A path, hub id, pattern or 'icons' in a configuration. Resolved, so that a run's configuration means the same from
-everywhere."""
+"""A path, hub id or 'icons' in a configuration. Resolved, as all paths are, so that a run's configuration means the
+same from everywhere."""
+
+UserData = Annotated[str, AfterValidator(user_path), AfterValidator(located)]
+"""A path or pattern of files, or 'icons', in a configuration."""
 
 UserFolder = Annotated[str, AfterValidator(user_path), AfterValidator(os.path.realpath)]
-"""A folder in a configuration that may be yet to make."""
+"""A folder in a configuration, which may be yet to make."""
 
 
 def source_argument(text: str) -> str:

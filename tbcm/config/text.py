@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
-from yaml.constructor import ConstructorError
+from yaml.constructor import BaseConstructor, ConstructorError
 
 from tbcm.errors import UserError, shown
 
@@ -72,15 +72,18 @@ _Loader.add_implicit_resolver(
 
 def _yaml(text: str, annotation: Any, where: str) -> Any:
     """What `text` says, for a field of the type `annotation`."""
-    value, raw = (_parsed(text, loader, where) for loader in (_Loader, yaml.BaseLoader))  # the latter: all is text
-    return _with_text_as_written(value, raw, annotation)
+    return _with_text_as_written(*_parsed(text, where), annotation)
 
 
-def _parsed(text: str, kind: Any, where: str) -> Any:
+def _parsed(text: str, where: str) -> tuple[Any, Any]:
+    """What `text` says, and the same with every value as it is written."""
     loader = None
     try:
-        loader = kind(text)
-        return loader.get_single_data()
+        loader = _Loader(text)
+        if (node := loader.get_single_node()) is None:
+            return None, None
+        raw = BaseConstructor().construct_document(node)  # first, for the other one merges nodes
+        return loader.construct_document(node), raw
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         character = f"the character U+{ord(text[error.position]):04X}" if error.position < len(text) else "its end"

@@ -82,7 +82,7 @@ def expand(path: str | Path) -> list[Path]:
         found = [Path(given.anchor)]
         listed = False  # members of a range are expected, even where they are missing
         for part in given.parts[len(found[0].parts) :]:
-            listed = listed or _BRACES.search(part) is not None
+            listed = listed or (_BRACES.search(part) is not None and not all(_exists(f / part) for f in found))
             found = list(itertools.islice(_below(found, part, listed), MAX_FILES + 1))
             if len(found) > MAX_FILES:
                 raise UserError(f"{path}: names more than {MAX_FILES:,} files; give fewer")

@@ -22,7 +22,8 @@ from tbcm.data.files import reason, shown
 from tbcm.errors import UserError
 from tbcm.models.identity import key_of_model, same_model
 from tbcm.runtime import distributed
-from tbcm.runtime.files import atomic_path, remove_leftovers
+from tbcm.runtime.files import atomic_path
+from tbcm.runtime.leftovers import remove_leftovers
 
 MANIFEST = "manifest.json"
 

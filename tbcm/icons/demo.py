@@ -22,7 +22,8 @@ from tbcm.inference.generation import Sampler
 from tbcm.inference.images import save_png, sheet
 from tbcm.inference.student import RUN_CONFIG
 from tbcm.runtime.allocator import reuse_freed_memory
-from tbcm.runtime.files import RunLock, atomic_path, write_json
+from tbcm.runtime.files import atomic_path, write_json
+from tbcm.runtime.lock import RunLock
 from tbcm.runtime.log import setup_logging
 from tbcm.training.trainer import Trainer
 

@@ -16,7 +16,8 @@ import torch
 
 import tbcm
 from tbcm.errors import UserError
-from tbcm.runtime.files import discard, warn_once, write_json
+from tbcm.runtime.files import write_json
+from tbcm.runtime.leftovers import discard, warn_once
 
 logger = logging.getLogger(__name__)
 

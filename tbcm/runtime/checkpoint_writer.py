@@ -27,8 +27,10 @@ from tbcm.errors import UserError, first_line
 from tbcm.runtime import checkpoint_files as files
 from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
-from tbcm.runtime.files import atomic_folder, remedy, remove_leftovers
+from tbcm.runtime.files import atomic_folder
+from tbcm.runtime.leftovers import remove_leftovers
 from tbcm.runtime.ranks import Ranks, explain_lost_ranks
+from tbcm.runtime.write_errors import remedy
 
 logger = logging.getLogger(__name__)
 

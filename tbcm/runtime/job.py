@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tbcm.runtime import distributed
-from tbcm.runtime.files import RunLock
+from tbcm.runtime.lock import RunLock
 from tbcm.runtime.log import setup_logging
 
 

@@ -24,7 +24,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tbcm.errors import UserError
 from tbcm.runtime import distributed
 from tbcm.runtime.failure import file_logger
-from tbcm.runtime.files import atomic_path, explain_os_errors
+from tbcm.runtime.files import atomic_path
+from tbcm.runtime.write_errors import explain_os_errors
 
 logger = logging.getLogger("tbcm")
 

@@ -9,6 +9,7 @@ import rows
 import step
 import torch
 from scripts import script
+from shrunk import shrink
 from speed import arms, options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,9 +50,9 @@ def test_samples_are_those_that_are_optimised(method: str, samples: int, prompts
 
 def test_rows_and_table_of_a_real_run(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--prompts", "1", "--points", "4", "--steps", "2", "--out", str(tmp_path)]
-    done = script("bench/step.py", *arguments, "--arms", "published", "text_once")
+    done = script("bench/step.py", *arguments, "--arms", "published", "text_once", after=shrink)
     assert done.returncode == 0, done.stderr
-    others = script("bench/step.py", *arguments, "--arms", "published", "--methods", "scm", "sprint")
+    others = script("bench/step.py", *arguments, "--arms", "published", "--methods", "scm", "sprint", after=shrink)
     assert others.returncode == 0, others.stderr
     rows = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["method"]) for row in rows] == [

@@ -20,7 +20,7 @@ from scripts import script
 
 from tbcm.config import load_config
 from tbcm.errors import UserError
-from tbcm.runtime.files import RunLock
+from tbcm.runtime.lock import RunLock
 
 BUDGET = 9600
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def held(tmp_path: Path) -> Iterator[Run]:
     """A run that another process is at."""
     run = runs_of_tables(4, folder=tmp_path / "runs")[1]
     folder = Path(run.config.out).parent
-    code = f"from tbcm.runtime.files import RunLock\nwith RunLock({str(folder)!r}):\n  print(flush=True)\n  input()"
+    code = f"from tbcm.runtime.lock import RunLock\nwith RunLock({str(folder)!r}):\n  print(flush=True)\n  input()"
     root = Path(recipes.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", code],

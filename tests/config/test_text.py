@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
 import random
@@ -14,6 +15,7 @@ import yaml
 from tbcm.config import Config, load_config
 from tbcm.config.paths import path_argument, source_argument
 from tbcm.config.text import annotation_of, is_text, sections_of
+from tbcm.data.files import expand
 from tbcm.errors import UserError
 
 MINIMAL = "out: run\nteacher: {path: icons}\ndata: {prompts: icons}\n"
@@ -74,7 +76,7 @@ def test_overrides_of_text_are_literal(tmp_path: Path, monkeypatch: pytest.Monke
     if text == "~a" and key in ("data.images", "out"):
         pytest.skip("a home folder")
     found = value(load(tmp_path, MINIMAL, f"{key}={text}"), key)
-    assert found == (str(tmp_path / text) if key == "out" else text)
+    assert found == (str(tmp_path / text) if key in ("data.images", "out") else text)
 
 
 def test_null_is_none_where_a_field_may_be_empty(tmp_path: Path) -> None:
@@ -91,11 +93,12 @@ def test_text_in_a_file_is_what_is_written(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     file = f"out: {text}\nteacher: {{path: icons, revision: {text}}}\ndata:\n  prompts: {text}\n"
     c = load(tmp_path, file + f"log: {{preview_prompts: [{text}, a cat]}}", "train.steps=12")
-    assert (c.out, c.teacher.revision, c.data.prompts) == (str(tmp_path / text), text, text)
+    here = str(tmp_path / text)
+    assert (c.out, c.teacher.revision, c.data.prompts) == (here, text, here)
     assert c.log.preview_prompts == [text, "a cat"] and c.train.steps == 12
     assert load(tmp_path, c.to_yaml()) == c
     assert load(tmp_path, MINIMAL, f"log.preview_prompts=[{text}]").log.preview_prompts == [text]
-    assert load(tmp_path, MINIMAL, f"data={{prompts: {text}}}").data.prompts == text
+    assert load(tmp_path, MINIMAL, f"data={{prompts: {text}}}").data.prompts == here
 
 
 def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
@@ -149,19 +152,56 @@ def test_home_folders_on_command_lines(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("key", FIELDS)
-def test_what_is_there_is_resolved_and_what_is_not_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
+def test_what_is_there_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    (tmp_path / "icons").mkdir()
     monkeypatch.chdir(tmp_path / "real")
     for text in ("../real", "../link", ".", "../link/../real/"):
         assert value(load(tmp_path, MINIMAL, f"{key}={text}"), key) == str(tmp_path / "real")
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["teacher.path", "text.path"], ["org/model", "icons"]),
+        (["data.prompts", "data.images"], ["icons"]),
+    ],
+)
+def test_names_that_are_no_paths_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], names: list[str]
+) -> None:
+    (tmp_path / "icons").mkdir()
     monkeypatch.chdir(tmp_path)
-    if key != "out":  # which is made
-        for text in ("org/model", "icons", "shards/*.tar"):
-            assert value(load(tmp_path, MINIMAL, f"{key}={text}"), key) == text
+    for key, name in itertools.product(keys, names):
+        assert value(load(tmp_path, MINIMAL, f"{key}={name}"), key) == name
+
+
+@pytest.mark.parametrize("here", ["plain", "[a]*?", "{0..2}", "{a,b} **", "x/{b}"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.txt", "parts/*.txt", "parts/{0..1}.txt", "./**/?.txt", "../link/parts/[01].txt", "../link/../[k]eep/0.txt"],
+)
+def test_a_saved_pattern_names_the_same_files_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, pattern: str
+) -> None:
+    """Whatever the folder is called that it was given in: `link` leads elsewhere, and .. behind it to there."""
+    cwd, real = tmp_path / here, tmp_path / "else" / "real"
+    for folder in (cwd / "parts", real / "parts", real.parent / "keep", tmp_path / "a", tmp_path / "0"):
+        folder.mkdir(parents=True)
+        for name in ("0.txt", "1.txt"):
+            (folder / name).write_text(str(folder))
+            (folder.parent / name).write_text(str(folder.parent))
+    (cwd.parent / "link").symlink_to(real)
+    monkeypatch.chdir(cwd)
+    there = [path.resolve() for path in expand(pattern)]
+    assert there and all(path.is_file() for path in there)
+    for key in ("data.prompts", "data.images"):
+        monkeypatch.chdir(cwd)
+        saved = load(tmp_path, MINIMAL, f"{key}={pattern}").to_yaml()
+        monkeypatch.chdir("/")
+        again = value(load(tmp_path, saved), key)
+        assert [path.resolve() for path in expand(again)] == there
+        assert value(load(tmp_path, saved), key) == again  # and does not change once more
 
 
 BAD_PATHS = ["", "  ", "a\0b", "x" * 256, "é" * 128, "a/" * 2100, "bad\udcff", "~nobody-at-all"]

@@ -23,7 +23,7 @@ from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
 from tbcm.models.text import GemmaEncoder, MiniLMEncoder, TextEncoder, encode_null
-from tbcm.runtime.files import temporary
+from tbcm.runtime.leftovers import temporary
 
 REPEATED = [*PROMPTS[:5], PROMPTS[2], *PROMPTS[5:], "a longer prompt 桜 🐼", PROMPTS[0]]  # 10 distinct: 3 shards of 4
 

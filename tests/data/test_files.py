@@ -66,6 +66,13 @@ def test_members_of_a_range_are_named_even_where_they_are_missing(tmp_path: Path
     assert names(tmp_path / "c{1..2}" / "*.txt", tmp_path) == ["c1/a.txt", "c2/*.txt"]
 
 
+def test_a_folder_that_looks_like_a_range_lists_nothing(tmp_path: Path) -> None:
+    """Members of a range are expected, even where they are missing; of a folder's name there is one member."""
+    (tmp_path / "{0..2}").mkdir()
+    assert expand(tmp_path / "{0..2}" / "missing.txt") == []
+    assert expand(tmp_path / "{0..2}" / "{3..4}.txt") == [tmp_path / "{0..2}" / f"{i}.txt" for i in (3, 4)]
+
+
 def test_a_folder_is_its_own_files_of_one_kind(tmp_path: Path) -> None:
     make(tmp_path / "a", "2.txt", "1.TXT", "notes.md", ".1.txt", "below/3.txt")
     assert names(tmp_path / "a", tmp_path / "a") == ["1.TXT", "2.txt"]

@@ -18,7 +18,7 @@ from tbcm.data.captions import PromptSource
 from tbcm.data.latent_writer import LatentWriter
 from tbcm.data.latents import PrecomputedLatents
 from tbcm.errors import UserError
-from tbcm.runtime.files import temporary
+from tbcm.runtime.leftovers import temporary
 
 CAPTIONS = [f"caption {i} 🐼" for i in range(10)]  # 3 shards of 4
 MADE_WITH = {"teacher.path": "here", "teacher.revision": None, "teacher.image_size": 64, "scaling_factor": 0.7}

@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("faulty_run.py")
+FORKING = [str(Path(__file__).with_name("forking_torchrun.py")), "tbcm.runtime.log,tbcm.runtime.watchdog"]
 TIMEOUT = 3.0  # its grace is 1.5 s
 STATED = TIMEOUT + 1.5 + 60  # and a minute for a machine that is busy
 Start = Callable[..., subprocess.Popen[str]]
@@ -27,13 +28,9 @@ def torchrun(tmp_path: Path) -> Iterator[Start]:
     """Starts torchrun with two ranks that write to `tmp_path`; nothing of it is left after the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(fault: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *(arguments or ("--standalone", "--nproc_per_node", "2")),
-        ]
+    def start(fault: str, *arguments: str, forking: bool = True) -> subprocess.Popen[str]:
+        torchrun = FORKING if forking else ["-m", "torch.distributed.run"]
+        command = [sys.executable, *torchrun, *(arguments or ("--standalone", "--nproc_per_node", "2"))]
         path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
         process = subprocess.Popen(
             [*command, str(SCRIPT), str(tmp_path), fault, str(TIMEOUT)],
@@ -120,7 +117,7 @@ def test_a_rank_that_hangs_shows_its_stack(torchrun: Start, tmp_path: Path) -> N
 
 
 def test_a_rank_that_raises_shows_its_traceback(torchrun: Start, tmp_path: Path) -> None:
-    output = outcome(torchrun("raise"))
+    output = outcome(torchrun("raise", forking=False))  # as users start it
     for text in (root_cause(output), log(tmp_path, 1)):
         assert "failed at step 3: ValueError: a bad day" in text
         assert "Traceback" in text and 'raise ValueError("a bad\\nday")' in text

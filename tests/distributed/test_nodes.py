@@ -19,6 +19,7 @@ from tbcm.train import main as train_here
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_nodes.sh")
+TORCHRUN = Path(__file__).with_name("forking_torchrun.py")
 NAMESPACES = ["unshare", "--map-root-user", "--net"]
 
 
@@ -35,9 +36,8 @@ def namespaces_are_permitted() -> bool:
 
 def on_two_nodes(*command: str) -> list[subprocess.Popen[str]]:
     """`command` under torchrun on each: in a network of its own, or, where that is not permitted, on the loopback."""
-    agent = (
-        f"{sys.executable} -m torch.distributed.run --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_id=test"
-    )
+    torchrun = f"{sys.executable} {TORCHRUN} tbcm.build,tbcm.training.trainer"
+    agent = f"{torchrun} --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_id=test"
     port, options = free_port(), {"text": True, "stderr": subprocess.PIPE}
     # An agent knows its host's name and the address that this has, not that of a cable.
     host = "${NODE:+--rdzv_conf=is_host=$((1 - NODE))}"

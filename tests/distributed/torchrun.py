@@ -109,14 +109,18 @@ def _detach(log: Path) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _rank(arguments: list[str]) -> None:
-    from tbcm import train
-
-    # As in a process that torchrun starts: not the agent's handlers, nor the SIGINT that its death sends to a fork.
+def as_a_process_of_its_own() -> None:
+    """In a fork of an agent: not the agent's handlers, nor the SIGINT that its death sends to a fork."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     pdeathsig = 1
     ctypes.CDLL(None).prctl(pdeathsig, 0)
+
+
+def _rank(arguments: list[str]) -> None:
+    from tbcm import train
+
+    as_a_process_of_its_own()
     sys.argv = ["tbcm.train", *arguments]
     sys.exit(train.main())
 

@@ -6,8 +6,10 @@ python tests/families/tiny.py sdxl OUT       # writes a folder as save_pretraine
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import diffusers as d
@@ -38,7 +40,16 @@ def builder(build: Callable[[], Tiny]) -> Callable[[], Tiny]:
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
-    """The tiny pipeline `name`: the same weights in every call, none of them zero."""
+    """The tiny pipeline `name`, with a scheduler of its own and the networks of every call, no weight of which is zero
+    or may be changed."""
+    tiny = _made(name, dtype)
+    pipe = copy.copy(tiny.pipe)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    return replace(tiny, pipe=pipe)
+
+
+@cache
+def _made(name: str, dtype: torch.dtype) -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tiny = BUILDERS[name]()

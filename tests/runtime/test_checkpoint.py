@@ -23,8 +23,8 @@ from tbcm.errors import UserError
 from tbcm.runtime import checkpoint
 from tbcm.runtime.checkpoint_writer import CheckpointWriter, HostCopy
 from tbcm.runtime.ema import EMA
-from tbcm.runtime.files import temporary
 from tbcm.runtime.guard import NonFiniteGuard
+from tbcm.runtime.leftovers import temporary
 from tbcm.runtime.optimizer import build_optimizer, clip_and_check, gated_step
 from tbcm.runtime.seeding import generator
 

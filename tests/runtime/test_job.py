@@ -11,8 +11,8 @@ import pytest
 from tbcm import encode, encode_images, evaluate
 from tbcm.errors import UserError
 from tbcm.runtime import distributed, failure
-from tbcm.runtime.files import RunLock
 from tbcm.runtime.job import job
+from tbcm.runtime.lock import RunLock
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "icons.yaml")
 
