@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import edit_json, tiny_config, tiny_parts, write_teacher
+from tiny import tiny_config, tiny_parts, write_teacher
 from torch import Tensor
 from training.test_trainer import assert_equal, tensors
 
@@ -24,7 +24,7 @@ from tbcm.models.differentiation.compiling import compiled
 from tbcm.models.pipeline import Pipeline
 from tbcm.samples.noised import VaeLatents
 from tbcm.samples.rollouts import draw_size
-from tbcm.training.dryrun import account
+from tbcm.training import dryrun
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -241,16 +241,23 @@ def test_a_run_is_sampled_in_any_size_and_by_default_in_its_first(teacher: Path,
         open_sampler(str(tmp_path / "run"), device="cpu", size=(30, 96))
 
 
-def test_a_dry_run_is_of_the_largest_size(teacher: Path, tmp_path: Path) -> None:
-    made = of(teacher, tmp_path, text={"encoder": "minilm"}, train={"prompts_per_step": 1})
-    one = made.model_copy(update={"resolution": (largest(made.resolution),)})
-    said = account(one, 1, 1, made.resolution)
-    assert "64 x 64 px, the largest of 3 sizes" in said
-    assert "sizes" not in account(one, 1, 1, one.resolution)
+def test_a_dry_run_is_of_the_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Size, ...]] = []
+
+    def account(config: Config, prompts: int, rollouts: int, sizes: tuple[Size, ...]) -> str:
+        asked.append(config.resolution)
+        return dryrun._of_sizes(sizes)
+
+    monkeypatch.setattr(dryrun, "account", account)
+    said = []
+    monkeypatch.setattr(dryrun, "print", lambda text, **options: said.append(text), raising=False)
+    for sizes in (BUCKETS[::-1], 32):
+        dryrun.dry_run(config(tmp_path, resolution=sizes), "cpu")
+    assert asked == [((64, 64),), ((32, 32),)]
+    assert said[0].startswith("64 x 64 px, the largest of 3 sizes") and said[1] == "32 x 32 px"
 
 
 def test_a_damaged_black_latent_names_its_size(teacher: Path, tmp_path: Path) -> None:
-    edit_json(teacher / "model_index.json")  # unchanged: the folder is writable
     black = build_black_latents(of(teacher, tmp_path), CPU)
     (file,) = (tmp_path / "run").glob("black_latent-*.safetensors")
     from safetensors.torch import save_file
