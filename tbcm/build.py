@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from tbcm.config import Config, Precision, Switch
+from tbcm.config.resolution import Size
 from tbcm.data.captions import PromptSource
 from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.images import CaptionedImages, open_images
 from tbcm.data.latents import CaptionedLatents, PrecomputedLatents
 from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
+from tbcm.icons.masks import SIZE
 from tbcm.method.types import Condition
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.identity import model_identity
-from tbcm.models.loading import AnyPipeline, black_latent, general_student, load_teacher, student_from_teacher
+from tbcm.models.loading import AnyPipeline, black_latents, general_student, load_teacher, student_from_teacher
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
@@ -42,14 +44,14 @@ AnyNetwork = SanaTrigFlow | DiffusersNetwork
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer works on. `black` [C, h, w] is the scaled latent of a black image; its shape is the latents'.
+    """What a trainer works on. `black` has the scaled latent [C, h, w] of a black image of each size.
     `latents`, and the `vae` that encodes images to them unless they are precomputed, are the baselines'."""
 
     teacher: AnyNetwork
     student: AnyNetwork
     text: Text
     prompts: Sequence[str]
-    black: Tensor
+    black: Mapping[Size, Tensor]
     latents: CaptionedLatents | None = None
     vae: Any = None
 
@@ -112,7 +114,14 @@ def files_of(config: Config) -> Pipeline:
 
 
 def pipeline_of(config: Config) -> AnyPipeline:
-    return open_pipeline(files_of(config), config.teacher.image_size)
+    return open_pipeline(files_of(config))
+
+
+def check_sizes(config: Config) -> None:
+    """Raises UserError where the teacher makes no images of a size in `resolution`."""
+    pipeline = pipeline_of(config)
+    for size in config.resolution:
+        pipeline.check_size(size)
 
 
 def text_pipeline_of(config: Config) -> Pipeline:
@@ -123,6 +132,7 @@ def text_pipeline_of(config: Config) -> Pipeline:
 
 def build_parts(config: Config, device: torch.device) -> Parts:
     """Everything from files, cheapest first, so that bad input is found early."""
+    check_sizes(config)
     prompts, latents, vae = build_prompts(config), None, None
     cached = build_cached_text(config, prompts, device) if config.text.cache else None
     if config.method.from_images:
@@ -130,11 +140,12 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     teacher = build_teacher(config, device, torch.float32)
     student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
     teacher.to(teacher_weights(config, device))
-    black = build_black_latent(config, device)
+    black = build_black_latents(config, device)
     text = cached or build_text(config, device)
     if config.teacher.fp8:
-        assert isinstance(teacher, SanaTrigFlow) and text.null_prompt is not None
-        quantise(teacher, text.null_prompt, black.shape)
+        null = text.null_prompt(size := config.resolution[0])
+        assert isinstance(teacher, SanaTrigFlow) and null is not None
+        quantise(teacher, null, black[size].shape)
     return Parts(teacher, student, text, prompts, black, latents, vae)
 
 
@@ -175,7 +186,9 @@ def build_images(config: Config) -> CaptionedImages:
     """Those of data.images."""
     data = config.data
     assert data.images is not None
-    return open_images(data.images, config.teacher.image_size, data.caption_column, data.max_bad_share)
+    if data.images == "icons" and any(size != (SIZE, SIZE) for size in config.resolution):
+        raise UserError(f"data.images=icons: the icons have {SIZE} px: set resolution={SIZE}")
+    return open_images(data.images, data.caption_column, data.max_bad_share)
 
 
 def latents_identity(config: Config) -> dict[str, Any]:
@@ -183,7 +196,7 @@ def latents_identity(config: Config) -> dict[str, Any]:
     pipeline = pipeline_of(config)
     return {
         "teacher.path": model_identity(pipeline.location, pipeline.revision, ["vae"]),
-        "teacher.image_size": config.teacher.image_size,
+        "resolution": [list(size) for size in config.resolution],
         "scaling_factor": pipeline.scaling_factor,
     }
 
@@ -297,14 +310,15 @@ def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:
         )
 
 
-def build_black_latent(config: Config, device: torch.device) -> Tensor:
-    """Made by rank 0 where the teacher's folder does not carry it, and kept in the run's folder, or with precomputed
+def build_black_latents(config: Config, device: torch.device) -> dict[Size, Tensor]:
+    """Made by rank 0 where the teacher's folder does not carry them, and kept in the run's folder, or with precomputed
     latents."""
-    pipeline, size = pipeline_of(config), config.teacher.image_size
-    if size % pipeline.compression:
-        raise UserError(
-            f"teacher.image_size = {size}: should be a multiple of {pipeline.compression}, its VAE's factor"
-        )
+    pipeline = pipeline_of(config)
     precomputed = config.data.latents if config.method.from_images else None
     folder = Path(precomputed or config.out)
-    return distributed.run_on_main(lambda: black_latent(pipeline, size, folder, device).cpu()).to(device)
+
+    def make() -> dict[Size, Tensor]:
+        found = black_latents(pipeline, config.resolution, folder, device)
+        return {size: black.cpu() for size, black in found.items()}
+
+    return {size: black.to(device) for size, black in distributed.run_on_main(make).items()}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tbcm.config import Config, load_config
 from tbcm.config.paths import path_argument
+from tbcm.config.resolution import Size
 from tbcm.errors import UserError, command
 from tbcm.runtime import failure
 
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "config", type=path_argument, help="of the training: says which images, whose VAE, and teacher.image_size"
+        "config", type=path_argument, help="of the training: says which images, whose VAE, and resolution"
     )
     parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, such as data.images=FOLDER")
@@ -77,7 +78,15 @@ def main() -> None:
 
 def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
     """Fills the folder `out` with the latents of data.images. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_black_latent, build_images, build_vae, latents_identity, pipeline_of, vae_weights
+    from tbcm.build import (
+        build_black_latents,
+        build_images,
+        build_vae,
+        check_sizes,
+        latents_identity,
+        pipeline_of,
+        vae_weights,
+    )
     from tbcm.data.latent_writer import LatentWriter
     from tbcm.data.sharded import progress_bar, share
     from tbcm.runtime import distributed
@@ -85,6 +94,12 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
 
     data = config.data
     assert data.images is not None
+    (size, *others) = config.resolution
+    if others:
+        raise UserError(
+            f"resolution names {len(others) + 1} sizes, and latents are of one: give one, and a folder for each"
+        )
+    check_sizes(config)
     made_with = {
         **latents_identity(config),
         "data.images": data.images if data.images == "icons" else os.path.realpath(data.images),
@@ -95,26 +110,26 @@ def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str
     images = build_images(config)
     writer = LatentWriter(Path(out), made_with)
     distributed.run_on_main(lambda: writer.begin(images.captions))
-    build_black_latent(config.model_copy(update={"out": out}), device)  # training has no VAE to make it with
+    build_black_latents(config.model_copy(update={"out": out}), device)  # training has no VAE to make it with
     todo, whole = share(writer.names, writer.is_whole)
     if todo:
         encoded = VaeLatents(pipeline_of(config), build_vae(config, device), images, device, data.max_bad_share)
         with progress_bar(sum(len(writer.indices(name)) for name in todo), "image") as progress:
             for name in todo:
-                writer.write(name, *_encoded(encoded, writer.indices(name), batch, progress))
+                writer.write(name, *_encoded(encoded, writer.indices(name), size, batch, progress))
     distributed.barrier()
     manifest = distributed.run_on_main(lambda: writer.finish(data.max_bad_share))
     logging.getLogger("tbcm").info("%s", summary(manifest, out, kept=len(whole)))
 
 
 def _encoded(
-    encoded: CaptionedLatents, indices: Sequence[int], batch: int, progress: tqdm[Any]
+    encoded: CaptionedLatents, indices: Sequence[int], size: Size, batch: int, progress: tqdm[Any]
 ) -> tuple[list[Tensor], list[int]]:
     """Latents batch by batch, and which images are bad: others have taken their places."""
     latents, bad = [], []
     for start in range(0, len(indices), batch):
         some = indices[start : start + batch]
-        found, taken = encoded.latents(some)
+        found, taken = encoded.latents(some, size)
         latents.append(found.cpu())
         bad += [index for index, other in zip(some, taken, strict=True) if index != other]
         progress.update(len(some))

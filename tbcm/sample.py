@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 from tbcm.config.paths import path_argument, source_argument, text_argument
+from tbcm.config.resolution import parse_size
 from tbcm.errors import UserError, command
 
 EPILOG = """
 examples:
   python -m tbcm.sample runs/icons "solid red heart on white" "outline blue key" --steps 1
   python -m tbcm.sample icons "solid red heart on white" --teacher --steps 20
+  python -m tbcm.sample runs/sana "a red panda" --size 832x1216
 """
 
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")
     parser.add_argument("--steps", type=int, help="default: 1, or 20 for a teacher")
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, or one number for a square; default: the first trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="of a run: averaged or last weights")
     parser.add_argument("--out", type=path_argument, default="samples", help="folder for the images (default: samples)")
@@ -40,11 +43,17 @@ def main() -> None:
     if not 1 <= steps <= 1000:
         raise UserError(f"--steps {steps}: give a number from 1 to 1000")
 
+    size = None if arguments.size is None else parse_size(arguments.size)
+
     from tbcm.inference.generation import open_sampler
     from tbcm.inference.images import save_png, sheet
 
     sampler = open_sampler(
-        arguments.source, teacher=arguments.teacher, average=arguments.weights == "ema", device=arguments.device
+        arguments.source,
+        teacher=arguments.teacher,
+        average=arguments.weights == "ema",
+        device=arguments.device,
+        size=size,
     )
     images = sampler(arguments.prompts, steps=steps, guidance=arguments.guidance, seed=arguments.seed)
     out: Path = arguments.out

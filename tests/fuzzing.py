@@ -187,8 +187,8 @@ def _image_sets() -> list[Target]:
         look(str(file.parent))
 
     def look(path: str) -> None:
-        data = open_images(path, 8)
-        data.images(range(len(data)))
+        data = open_images(path)
+        data.images(range(len(data)), (8, 8))
         list(data.captions)
 
     def tar(kind: int) -> bytes:
@@ -212,8 +212,8 @@ def _image_sets() -> list[Target]:
 
     def reference(file: Path) -> None:
         (file.parent / "a.jpg").write_bytes(png)
-        data = open_reference(file.parent, 8)
-        data.images(range(len(data)))
+        data = open_reference(file.parent)
+        data.images(range(len(data)), (8, 8))
 
     return [
         Target("lines/metadata.jsonl", ["\n".join(map(json.dumps, lines)).encode()], beside),
@@ -252,7 +252,7 @@ def _caches(home: Path) -> list[Target]:
 
     def read_latents(file: Path) -> None:
         data = PrecomputedLatents(file.parent)
-        _, taken = data.latents(range(len(data)))
+        _, taken = data.latents(range(len(data)), (8, 8))
         [data.captions.drawn(i, 0, 0) for i in taken]
 
     found = []

@@ -272,7 +272,7 @@ def test_resuming_what_was_never_saved_starts_it(call: Run, config: Path, tmp_pa
 def test_values_that_fit_no_device_or_image(call: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_one_line(call(train.main, config, "--device", "cuda"), "CUDA")
-    assert_one_line(call(train.main, config, "teacher.image_size=100"), "teacher.image_size", "100", "8")
+    assert_one_line(call(train.main, config, "resolution=100"), "resolution", "100", "8")
 
 
 def test_two_runs_in_one_folder(call: Run, config: Path, tmp_path: Path) -> None:

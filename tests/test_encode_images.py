@@ -196,8 +196,8 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
         (["data.images=null"], ["method.name=scm needs data.images", "data.latents"]),
         (["data.images=null", "data.latents={home}/nowhere"], ["nowhere", "tbcm.encode_images"]),
         (
-            ["data.images=null", "data.latents={home}/fp32", "teacher.image_size=128"],
-            ["teacher.image_size: 64 -> 128", "latents -> configuration"],
+            ["data.images=null", "data.latents={home}/fp32", "resolution=128"],
+            ["resolution: [[64, 64]] -> [[128, 128]]", "latents -> configuration"],
         ),
         (
             ["data.images=null", "data.latents={home}/fp32", "teacher.path={home}/other"],
@@ -230,7 +230,7 @@ def test_bad_input_of_the_command(home: Path, tmp_path: Path, call: Call) -> Non
     assert_one_line(found, "no images to encode", "data.images")
     assert_one_line(error(tmp_path / "c", "data.images=nowhere"), "nowhere: no such folder of images")
     assert_one_line(error(tmp_path / "c", "data.surprise=1"), "data.surprise")
-    assert_one_line(error(tmp_path / "c", "teacher.image_size=100"), "teacher.image_size = 100", "multiple of 8")
+    assert_one_line(error(tmp_path / "c", "resolution=100"), "resolution = 100", "multiples of 8")
     assert_one_line(error(home / "fp32"), "dtype: float32 -> float16")
     assert_one_line(error(home / "fp32", "--dtype", "fp32", f"data.images={home}/0.tar"), "data.images: ", "0.tar")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tbcm.build import Parts, build_student, switch
 from tbcm.config import Config, parse_config
+from tbcm.config.resolution import Size
 from tbcm.models.loading import freeze
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime.files import write_json
@@ -37,10 +38,11 @@ class HashEncoder:
         return torch.stack([states(p) for p in prompts]), mask
 
 
-def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
-    """A few steps of everything; keyword arguments update sections, `train={"steps": 3}`."""
-    tree: dict[str, dict[str, Any]] = {
-        "teacher": {"path": "unused", "null_mask": "own", "image_size": 64},
+def tiny_config(out: Path, **sections: Any) -> Config:
+    """A few steps of everything; keyword arguments update sections, `train={"steps": 3}`, or set `resolution`."""
+    tree: dict[str, Any] = {
+        "resolution": 64,
+        "teacher": {"path": "unused", "null_mask": "own"},
         "text": {"encoder": "minilm", "max_tokens": 8},
         "data": {"prompts": "unused"},
         "method": {
@@ -57,7 +59,8 @@ def tiny_config(out: Path, **sections: dict[str, Any]) -> Config:
     else:
         tree["data"]["images"] = "unused"
     for name, update in sections.items():
-        tree[name] = {**tree.get(name, {}), **update}
+        old = tree.get(name, {})
+        tree[name] = {**old, **update} if isinstance(old, dict) else update
     return parse_config({"out": str(out), **tree}, "tiny")
 
 
@@ -69,9 +72,13 @@ class TinyLatents:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
         made = [torch.Generator().manual_seed(seed_of(self.captions[i])) for i in indices]
-        return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in made]), list(indices)
+        return torch.stack([torch.randn(latent_shape(size), generator=generator) for generator in made]), list(indices)
+
+
+def latent_shape(size: Size) -> tuple[int, int, int]:
+    return 4, size[0] // 8, size[1] // 8
 
 
 def seed_of(text: str) -> int:
@@ -84,7 +91,8 @@ def tiny_parts(config: Config, **backbone: Any) -> Parts:
     freeze(teacher)
     text = TextConditions(HashEncoder(), config.teacher.null_mask)
     latents = TinyLatents() if config.method.from_images else None
-    return Parts(teacher, build_student(config, teacher), text, PROMPTS, torch.zeros(4, 8, 8), latents)
+    black = {size: torch.zeros(latent_shape(size)) for size in config.resolution}
+    return Parts(teacher, build_student(config, teacher), text, PROMPTS, black, latents)
 
 
 def tiny_vae() -> AutoencoderDC:
@@ -124,7 +132,7 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
 
 
-def write_config(path: Path, teacher: Path, prompts: Path, out: Path, **sections: dict[str, Any]) -> Path:
+def write_config(path: Path, teacher: Path, prompts: Path, out: Path, **sections: Any) -> Path:
     """The tiny configuration as a file that the command lines read (JSON is YAML)."""
     config = tiny_config(out, **sections).model_dump(mode="json")
     config["teacher"]["path"], config["data"]["prompts"] = str(teacher), str(prompts)

@@ -10,11 +10,11 @@ from tbcm_kernels.registry import OPERATORS
 
 from tbcm.config import Config, parse_config
 
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
-    "sana-600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
-    "sana-1600m": {"teacher": {"image_size": 1024}, "text": {"encoder": "gemma2", "max_tokens": 300}},
-    "icons": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
-    "tiny": {"teacher": {"image_size": 64, "null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
+MODELS: dict[str, dict[str, Any]] = {
+    "sana-600m": {"resolution": 1024, "text": {"encoder": "gemma2", "max_tokens": 300}},
+    "sana-1600m": {"resolution": 1024, "text": {"encoder": "gemma2", "max_tokens": 300}},
+    "icons": {"resolution": 64, "teacher": {"null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
+    "tiny": {"resolution": 64, "teacher": {"null_mask": "own"}, "text": {"encoder": "minilm", "max_tokens": 16}},
 }
 
 
@@ -102,7 +102,8 @@ def config(model: str, arm: str, method: str, samples: int, points: int, device:
     base, route = MODELS[model], {"points": min(points, samples + 1), "per_prompt": True}
     tree: dict[str, Any] = {
         "out": "unused",
-        "teacher": {"path": "unused", "architecture": model, **base["teacher"]},
+        "resolution": base["resolution"],
+        "teacher": {"path": "unused", "architecture": model, **base.get("teacher", {})},
         "text": dict(base["text"]),
         "data": {"prompts": "unused", "images": "unused"},
         "method": {"name": method} | ({} if method != "tbcm" else {"route": route}),

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from tbcm.config.methods import Method, Tbcm
 from tbcm.config.paths import UserData, UserFolder, UserPath
+from tbcm.config.resolution import Size, sizes_of
 from tbcm.config.section import NonNegativeInt, Precision, Section, Switch
 from tbcm.config.text import read_tree, sections_of
 from tbcm.errors import UserError, shown
@@ -50,7 +51,6 @@ class Teacher(Section):
         False,
         description="large linear layers in fp8 (e4m3; GPUs from Ada on); its error is logged at start",
     )
-    image_size: PositiveInt = 1024
 
 
 class Text(Section):
@@ -212,10 +212,19 @@ class Checkpoint(Section):
     keep_every: PositiveInt | None = None
 
 
+RENAMED = {"teacher.image_size": "resolution"}
+"""Keys of earlier versions."""
+
+
 class Config(Section):
     """A run. `python -m tbcm.train CONFIG --print-config` prints it resolved."""
 
     out: UserFolder
+    resolution: Annotated[tuple[Size, ...], BeforeValidator(sizes_of)] = Field(
+        ((1024, 1024),),
+        description="of images, in pixels: 1024, [height, width], or a list of such sizes of which each step draws one;"
+        " the first is that of previews and of what is exported",
+    )
     teacher: Teacher
     data: Data
     text: Text = Text()
@@ -246,6 +255,11 @@ class Config(Section):
             raise ValueError(
                 f"method.name={self.method.name} encodes the images' captions: it cannot take them from text.cache"
             )
+        if self.method.from_images and self.data.latents is not None and len(self.resolution) > 1:
+            raise ValueError(
+                f"data.latents={self.data.latents} holds latents of one size, and resolution names"
+                f" {len(self.resolution)}: give one, or data.images in its place"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -273,6 +287,8 @@ def _explain(error: Any) -> str:
     keys, section = _place(error["loc"])
     key, kind = ".".join(keys), error["type"]
     if kind == "extra_forbidden":
+        if key in RENAMED:
+            return f"{key} (value {shown(error['input'])}) is now called {RENAMED[key]}"
         allowed = ", ".join(section.model_fields)
         of = f" (method.name={keys_name})" if (keys_name := _default_name(section)) else ""
         return f"unknown key {shown(key)} (value {shown(error['input'])}); allowed here{of}: {allowed}"

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: Sequence[int]) -> Tensor: ...
+    def images(self, indices: Sequence[int], size: Size) -> Tensor: ...
 
 
 class GoodImages:
@@ -86,8 +87,8 @@ class GoodImages:
         self.places: set[int] = set()  # of the bad images that were met
         self._tried = 0
 
-    def __call__(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Images [B, 3, H, W] float32 in [-1, 1], and which they are: `indices` where those are good.
+    def __call__(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
+        """Images of `size` [B, 3, H, W] float32 in [-1, 1], and which they are: `indices` where those are good.
 
         Raises UserError where too many are bad.
         """
@@ -95,7 +96,7 @@ class GoodImages:
         while True:
             taken = [next_good(index, self.places, len(self._images)) for index in indices]
             try:
-                return self._images.images(taken), taken
+                return self._images.images(taken, size), taken
             except SampleError as error:
                 if error.index is None:
                     raise

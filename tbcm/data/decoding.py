@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.bad import SampleError
 from tbcm.data.files import HEAD_BYTES, reason, what_it_is
 from tbcm.errors import UserError
@@ -35,9 +36,9 @@ _ORIENTATION = 0x0112
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF, large images: those that matter are errors too
 
 
-def decode(content: bytes, size: int, name: str) -> Tensor:
-    """The bytes of an image file as [3, size, size] uint8: cropped about its centre to a square and resized, bicubic
-    with antialiasing. EXIF rotation is applied and transparency laid on white; an animation's first picture counts.
+def decode(content: bytes, size: Size, name: str) -> Tensor:
+    """The bytes of an image file as [3, *size] uint8: cropped about its centre to that shape and resized, bicubic with
+    antialiasing. EXIF rotation is applied and transparency laid on white; an animation's first picture counts.
 
     Raises:
         SampleError: it cannot be decoded, or has more than 8 bits a channel; the message begins with `name`.
@@ -56,7 +57,8 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            height, width = size
+            cropped = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     except SampleError:
         raise
     except UnidentifiedImageError:
@@ -66,10 +68,10 @@ def decode(content: bytes, size: int, name: str) -> Tensor:
         raise SampleError(
             f"{name}: cannot be decoded ({reason(error)}); replace it or take it out", "damaged image"
         ) from None
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
 
 
-def decode_file(path: Path, size: int) -> Tensor:
+def decode_file(path: Path, size: Size) -> Tensor:
     """See `decode`. Raises UserError also where the file cannot be read, which does not make it a bad sample."""
     try:
         content = path.read_bytes()

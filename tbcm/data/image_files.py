@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.bad import Bad, SampleError
 from tbcm.data.captions import PromptSource
 from tbcm.data.decoding import decode_file, decoded
@@ -20,21 +21,21 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class ImageFiles:
-    """Files below `folder`, by name, and their captions. They are made square, of `image_size` pixels."""
+    """Files below `folder`, by name, and their captions."""
 
-    def __init__(self, name: str, folder: Path, files: list[str], captions: list[list[str]], image_size: int) -> None:
-        self.name, self.folder, self.size = name, folder, image_size
+    def __init__(self, name: str, folder: Path, files: list[str], captions: list[list[str]]) -> None:
+        self.name, self.folder = name, folder
         self._files, self.captions = PromptSource.of(name, files), PromptSource.of(name, captions)
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         """See `tbcm.data.images.CaptionedImages`."""
-        return decoded(lambda i: decode_file(self.folder / self._files[i], self.size), indices)
+        return decoded(lambda i: decode_file(self.folder / self._files[i], size), indices)
 
 
-def read_metadata(metadata: Path, image_size: int, column: str = "text", max_bad_share: float = 0.0) -> ImageFiles:
+def read_metadata(metadata: Path, column: str = "text", max_bad_share: float = 0.0) -> ImageFiles:
     """Hugging Face's imagefolder: each row names a file (relative to the folder) in `file_name` and has its caption, or
     a list of them, in `column`.
 
@@ -60,10 +61,10 @@ def read_metadata(metadata: Path, image_size: int, column: str = "text", max_bad
     bad.report(len(files) + bad.count)
     if not files:
         raise UserError(f"{metadata}: has no rows; give each image one")
-    return ImageFiles(str(metadata), metadata.parent, files, captions, image_size)
+    return ImageFiles(str(metadata), metadata.parent, files, captions)
 
 
-def read_pairs(folder: Path, image_size: int, column: str = "text", max_bad_share: float = 0.0) -> ImageFiles:
+def read_pairs(folder: Path, column: str = "text", max_bad_share: float = 0.0) -> ImageFiles:
     """Images at any depth in a folder, each with its caption beside it: `1.png` and `1.txt`, or `1.json` with `column`.
 
     They come folder by folder, in natural order. Raises UserError where there are none, or too many have no caption.
@@ -88,7 +89,7 @@ def read_pairs(folder: Path, image_size: int, column: str = "text", max_bad_shar
             f" file_name and caption, or images (.{', .'.join(IMAGES)}) with a .txt beside each"
         )
     report(str(folder), groups, bad, len(files) + bad.count)
-    return ImageFiles(str(folder), folder, files, captions, image_size)
+    return ImageFiles(str(folder), folder, files, captions)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -6,13 +6,14 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.bad import Bad, SampleError
 from tbcm.data.captions import PromptSource
 from tbcm.data.decoding import decode, decode_file, decoded
@@ -37,10 +38,8 @@ class ImageTables:
             bad. A damaged image is found when it is decoded.
     """
 
-    def __init__(
-        self, name: str, files: Sequence[Path], image_size: int, column: str = "text", max_bad_share: float = 0.0
-    ) -> None:
-        self.name, self.files, self.size = name, files, image_size
+    def __init__(self, name: str, files: Sequence[Path], column: str = "text", max_bad_share: float = 0.0) -> None:
+        self.name, self.files = name, files
         self._file, self._row = array("q"), array("q")  # of each image
         self._columns = [_image_column(file) for file in files]
         bad, captions = Bad(name, max_bad_share), []
@@ -64,18 +63,18 @@ class ImageTables:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         """See `tbcm.data.images.CaptionedImages`."""
-        return decoded(self._image, indices)
+        return decoded(partial(self._image, size), indices)
 
-    def _image(self, index: int) -> Tensor:
+    def _image(self, size: Size, index: int) -> Tensor:
         file, row = self.files[self._file[index]], self._row[index]
         where = place(file, row + 1)
         content, path = self._content(self._file[index], row)
         if content is not None:
-            return decode(content, self.size, where)
+            return decode(content, size, where)
         if path is not None and is_file(file.parent / path):
-            return decode_file(file.parent / path, self.size)
+            return decode_file(file.parent / path, size)
         raise SampleError(f"{where}: has no image, neither bytes nor a path to a file that is there", "no image")
 
     def _content(self, number: int, row: int) -> tuple[bytes | None, str | None]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.captions import PromptSource
 from tbcm.data.decoding import to_unit
 from tbcm.data.files import expand, is_file, is_folder, of_training, own_files, training_part
@@ -35,16 +36,16 @@ class CaptionedImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """Those images in that order, [B, 3, H, W] float32 in [-1, 1] on the CPU.
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
+        """Those images in that order, [B, 3, *size] float32 in [-1, 1] on the CPU (see `tbcm.data.decoding.decode`).
 
         Raises SampleError, with its index, for the first that cannot be decoded.
         """
         ...
 
 
-def open_images(path: str, image_size: int, column: str = "text", max_bad_share: float = 0.0) -> CaptionedImages:
-    """The images that `path` names, made square, of `image_size` pixels (see `tbcm.data.decoding.decode`):
+def open_images(path: str, column: str = "text", max_bad_share: float = 0.0) -> CaptionedImages:
+    """The images that `path` names:
 
     'icons': those that are shipped.
     A folder with a metadata.jsonl, .csv or .parquet: `file_name` names each row's image.
@@ -58,13 +59,13 @@ def open_images(path: str, image_size: int, column: str = "text", max_bad_share:
         UserError: there are no such images; metadata is malformed; or too many samples are bad.
     """
     if path == "icons":
-        return ShippedIcons(image_size)
+        return ShippedIcons()
     found = expand(path)
     if not found:
         raise UserError(f"{path}: no such folder of images, nor .tar or .parquet files")
     if len(found) == 1 and is_folder(found[0]):
-        return _of_folder(found[0], path, image_size, column, max_bad_share)
-    return _of_files(found, path, image_size, column, max_bad_share)
+        return _of_folder(found[0], path, column, max_bad_share)
+    return _of_files(found, path, column, max_bad_share)
 
 
 def metadata_of(folder: Path) -> Path | None:
@@ -72,8 +73,8 @@ def metadata_of(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if is_file(folder / name)), None)
 
 
-def _of_folder(folder: Path, path: str, image_size: int, column: str, max_bad_share: float) -> CaptionedImages:
-    options = image_size, column, max_bad_share
+def _of_folder(folder: Path, path: str, column: str, max_bad_share: float) -> CaptionedImages:
+    options = column, max_bad_share
     for part in training_part(folder):
         if metadata := metadata_of(part):
             return read_metadata(metadata, *options)
@@ -84,26 +85,21 @@ def _of_folder(folder: Path, path: str, image_size: int, column: str, max_bad_sh
     return read_pairs(next((part for part in training_part(folder) if part.name == "train"), folder), *options)
 
 
-def _of_files(files: list[Path], path: str, image_size: int, column: str, max_bad_share: float) -> CaptionedImages:
+def _of_files(files: list[Path], path: str, column: str, max_bad_share: float) -> CaptionedImages:
     endings = {file.suffix.lower() for file in files}
     if endings == {".parquet"}:
-        return ImageTables(path, files, image_size, column, max_bad_share)
+        return ImageTables(path, files, column, max_bad_share)
     if all(".tar" in file.name.lower() for file in files):
-        return WebDataset(path, files, image_size, column, max_bad_share)
+        return WebDataset(path, files, column, max_bad_share)
     raise UserError(f"{path}: names neither .tar nor .parquet files but {', '.join(sorted(endings)) or 'others'}")
 
 
 class ShippedIcons:
     """The drawings that the teacher is trained on, each in about an eighth of the colour pairs that are not held out
     with it, 64 px; composed when asked for. No drawing of the unseen sets.
-
-    Raises:
-        UserError: `image_size` is not 64.
     """
 
-    def __init__(self, image_size: int) -> None:
-        if image_size != SIZE:
-            raise UserError(f"the icons have {SIZE} px, not {image_size}: set teacher.image_size={SIZE}")
+    def __init__(self) -> None:
         drawings = load_drawings(str(resources.files("tbcm.icons") / "assets")).select(unseen=False)
         catalogue = Catalogue(drawings.entries)
         self._masks, self._jitter = drawings.masks, fixed_jitter(drawings.entries)
@@ -120,7 +116,8 @@ class ShippedIcons:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """See `CaptionedImages`."""
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
+        """See `CaptionedImages`; of 64 x 64 only."""
+        assert size == (SIZE, SIZE)
         drawn, pairs = torch.tensor([self._chosen[i] for i in indices]).unbind(1)
         return to_unit(compose(self._masks[drawn], colours_of(pairs, self._jitter[drawn, pairs])))

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.bad import next_good
 from tbcm.data.captions import PromptSource, open_prompts
 from tbcm.data.sharded import Kind, Manifest, differences
@@ -51,9 +52,9 @@ class CaptionedLatents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Those in that order: scaled latents xbar_0 [B, C, h, w], fp32, on the training's device; and which they are:
-        a bad image gives its place to the next that is good."""
+    def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
+        """Those in that order, of images of that size: scaled latents xbar_0 [B, C, h, w], fp32, on the training's
+        device; and which they are: a bad image gives its place to the next that is good."""
         ...
 
 
@@ -90,7 +91,7 @@ class PrecomputedLatents:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
         """See `CaptionedLatents`. Raises UserError where a file turns out to be damaged."""
         taken = [next_good(index, self._bad, len(self)) for index in indices]
         with phase("latents"):

@@ -12,11 +12,13 @@ import logging
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.bad import Bad, SampleError
 from tbcm.data.captions import PromptSource
 from tbcm.data.decoding import decode, decoded
@@ -34,18 +36,15 @@ class WebDataset:
 
     A sample is the files of a shard that have the same name up to the first dot of it, as `webdataset` has it: one
     .jpg, .jpeg, .png or .webp, and its caption in a .json object's `column` or else in a .txt. Other files are passed
-    over, counted and told; bad samples too, if no more than `max_bad_share`. Images are made square, of `image_size`
-    pixels (see `decode`).
+    over, counted and told; bad samples too, if no more than `max_bad_share`.
 
     Raises:
         UserError: a shard is missing, compressed, cut, joined from several or no .tar file; too many samples have no
             image or caption, several images, or a damaged .json or text. A damaged image is found when it is decoded.
     """
 
-    def __init__(
-        self, name: str, shards: Sequence[Path], image_size: int, column: str = "text", max_bad_share: float = 0.0
-    ) -> None:
-        self.name, self.size, self.column = name, image_size, column
+    def __init__(self, name: str, shards: Sequence[Path], column: str = "text", max_bad_share: float = 0.0) -> None:
+        self.name, self.column = name, column
         self._shards = shards
         self._shard, self._start, self._bytes = array("q"), array("q"), array("q")  # of each image
         self._from_json = 0
@@ -72,11 +71,11 @@ class WebDataset:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         """See `tbcm.data.images.CaptionedImages`."""
-        return decoded(self._image, indices)
+        return decoded(partial(self._image, size), indices)
 
-    def _image(self, index: int) -> Tensor:
+    def _image(self, size: Size, index: int) -> Tensor:
         shard = self._shards[self._shard[index]]
         name = f"{shard}: {self._names[index]}"
         try:
@@ -85,7 +84,7 @@ class WebDataset:
                 content = file.read(self._bytes[index])
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {reason(error)}") from None
-        return decode(content, self.size, name)
+        return decode(content, size, name)
 
     def _index(
         self, shard: Path, samples: Samples[tarfile.TarInfo], bad: Bad

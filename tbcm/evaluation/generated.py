@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tbcm
+from tbcm.config.resolution import Size
 from tbcm.data.captions import digest
 from tbcm.data.decoding import decode_file
 from tbcm.evaluation.stored import Tensors, key, stored
@@ -107,8 +108,8 @@ def share_out(
     distributed.barrier()
 
 
-def read(files: Sequence[Path], size: int) -> Tensor:
-    """Image files of `size` pixels both ways as [N, 3, size, size] uint8."""
+def read(files: Sequence[Path], size: Size) -> Tensor:
+    """Image files of this size as [N, 3, *size] uint8."""
     return torch.stack(list(map(partial(decode_file, size=size), files)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from tbcm.config.resolution import Size
 from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
 from tbcm.evaluation.clip import Clip
@@ -27,7 +28,7 @@ class PhotographJudge:
     Args:
         reference: the real images, all of which are compared with; where `inception` is given.
         folder: where they are.
-        size: pixels of real and generated images, both ways.
+        size: of real and generated images.
         cache: where the reference's features are kept. They are known by folder, captions and size: after replacing
             images in place, remove them.
     """
@@ -36,7 +37,7 @@ class PhotographJudge:
         self,
         reference: CaptionedImages | None,
         folder: Path | None,
-        size: int,
+        size: Size,
         *,
         inception: Inception | None,
         clip: Clip | None,
@@ -73,7 +74,7 @@ class PhotographJudge:
         def batches() -> Iterator[Tensor]:
             indices = range(len(reference))
             for start in tqdm(indices[::_BATCH], desc="Inception of real images", unit="batch", disable=None):
-                yield to_uint8(reference.images(indices[start : start + _BATCH]))
+                yield to_uint8(reference.images(indices[start : start + _BATCH], self.size))
 
         def make() -> Tensors:
             return {"features": inception(batches())}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data.decoding import decode_file, decoded
 from tbcm.data.files import is_file
 from tbcm.data.image_files import METADATA
@@ -17,15 +18,15 @@ from tbcm.errors import UserError
 MJHQ_METADATA = "meta_data.json"
 
 
-def open_reference(folder: Path, size: int) -> CaptionedImages:
-    """A folder in MJHQ-30k's layout, or one that `tbcm.data.images` reads; images are made square, of `size` pixels."""
+def open_reference(folder: Path) -> CaptionedImages:
+    """A folder in MJHQ-30k's layout, or one that `tbcm.data.images` reads."""
     if (folder / MJHQ_METADATA).is_file():
-        return Mjhq(folder, size)
+        return Mjhq(folder)
     if folder.is_dir() and not any((folder / name).is_file() for name in METADATA):
         raise UserError(
             f"{folder}: has neither MJHQ-30k's {MJHQ_METADATA} nor a {METADATA[0]}; give --reference such a folder"
         )
-    return open_images(str(folder), size)
+    return open_images(str(folder))
 
 
 class Mjhq:
@@ -35,7 +36,7 @@ class Mjhq:
         UserError: the metadata cannot be read, or an image is missing.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path) -> None:
         metadata = folder / MJHQ_METADATA
         try:
             rows = parse_json(metadata.read_text(encoding="utf-8"), str(metadata))
@@ -46,7 +47,6 @@ class Mjhq:
             raise UserError(
                 f'{metadata}: is not {{"ID": {{"category": ..., "prompt": ...}}, ...}} ({reason}); download it again'
             ) from None
-        self._size = size
         if missing := [file for file in self._files if not is_file(file)]:
             raise UserError(
                 f"{folder}: {len(missing):,} of {len(self._files):,} images are missing, the first is"
@@ -56,6 +56,6 @@ class Mjhq:
     def __len__(self) -> int:
         return len(self._files)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         """See `CaptionedImages`."""
-        return decoded(lambda i: decode_file(self._files[i], self._size), indices)
+        return decoded(lambda i: decode_file(self._files[i], size), indices)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tbcm.build import default_guidance
+from tbcm.config.resolution import Size
 from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
 from tbcm.data.prompts import load_prompts
@@ -82,13 +83,13 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         batch=options.batch,
     )
     config = subjects.student.sampler.config
-    reference = None if options.reference is None else open_reference(options.reference, config.teacher.image_size)
+    reference = None if options.reference is None else open_reference(options.reference)
     icons = subjects.icons and options.prompts is None and reference is None
     metrics = _metrics(options, icons, reference, subjects.teacher is not None)
     if icons:
         measure = _measure_icons(options, subjects, metrics, device)
     else:
-        measure = _measure_photographs(options, reference, metrics, config.teacher.image_size, device)
+        measure = _measure_photographs(options, reference, metrics, subjects.student.sampler.size, device)
     guidance = default_guidance(config) if options.guidance is None else options.guidance
     rows = [_row(options, subjects, measure, metrics, steps, guidance) for steps in options.steps]
     return {
@@ -172,7 +173,7 @@ def _measure_icons(options: Options, subjects: Subjects, metrics: list[str], dev
         distributed.run_on_main(load)  # before anything is generated, so that a missing package is found now
 
     def measure(files: list[Path]) -> dict[str, float]:
-        images = read(files, SIZE)
+        images = read(files, (SIZE, SIZE))
         if not distance:
             return judge.text(images)
         return judge(images) if text else judge.distances(images)
@@ -185,7 +186,7 @@ def _measure_icons(options: Options, subjects: Subjects, metrics: list[str], dev
 
 
 def _measure_photographs(
-    options: Options, reference: CaptionedImages | None, metrics: list[str], size: int, device: torch.device
+    options: Options, reference: CaptionedImages | None, metrics: list[str], size: Size, device: torch.device
 ) -> Measure:
     prompts = _prompts(options, reference)
     judges: list[PhotographJudge] = []

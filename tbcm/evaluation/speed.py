@@ -53,10 +53,10 @@ class _Timed:
         self.device = next(sampler.net.parameters()).device
         self.prompts = list(itertools.islice(itertools.cycle(prompts), size))
         self.noise = torch.randn(size, *sampler.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        self.condition = sampler.text(self.prompts)
+        self.condition = sampler.text(self.prompts, sampler.size)
 
     def encode(self) -> object:
-        return self.sampler.text(self.prompts)
+        return self.sampler.text(self.prompts, self.sampler.size)
 
     def sample(self) -> Tensor:
         return self.sampler.sample(self.condition, lambda: self.noise, self.steps, self.guidance)

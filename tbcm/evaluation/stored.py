@@ -72,7 +72,7 @@ def meaning(config: Config) -> dict[str, Any]:
         "text": config.text.model_dump(mode="json", include={"encoder", "path", "max_tokens", "precision"}),
         "timestep_scale": config.teacher.timestep_scale,
         "null_mask": config.teacher.null_mask,
-        "image_size": config.teacher.image_size,
+        "resolution": list(config.resolution[0]),
         "sigma_data": config.method.sigma_data,
     }
 

@@ -48,7 +48,8 @@ def open_subjects(
     if agree_with is not None:
         other = open_source(agree_with)
         reference = Subject(
-            open_sampler(agree_with, teacher=True, device=device.type), _identity(other, teacher=True, average=False)
+            open_sampler(agree_with, teacher=True, device=device.type, size=sampler.size),
+            _identity(other, teacher=True, average=False),
         )
         if reference.sampler.shape != sampler.shape:
             raise UserError(

@@ -52,8 +52,8 @@ def make(request: Request) -> Drawing:
     first = min(_COLUMNS, len(subject))
     others = torch.linspace(first, len(subject) - 1, _COLUMNS).round().int().tolist() if len(subject) > first else []
     lines = [list(range(first)), sorted(set(others))]
-    left, cell = 20, style.cell_size(style.WIDTH - 40, _COLUMNS, subject.config.teacher.image_size, _GAP)
-    figure = style.page(2 * (cell + 3 * style.LINE) + 410)
+    left, cell = 20, style.cell_size(style.WIDTH - 40, _COLUMNS, subject.sampler.size[1], _GAP)
+    figure = style.page(2 * (style.cell_height(cell, subject.sampler.size) + 3 * style.LINE) + 410)
     top = 30
     for title, ranks in zip(("closest to black", "the rest, in order"), lines, strict=True):
         if not ranks:

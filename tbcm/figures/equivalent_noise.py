@@ -95,16 +95,17 @@ def make(request: Request) -> Drawing:
     noises = compute(subject, t, dict.fromkeys(chosen, columns))
     curves = noises.curves
 
-    size = subject.config.teacher.image_size
+    size = subject.sampler.size
     left, top, gap = 120, 2 * style.LINE, 4
-    cell = style.cell_size(style.WIDTH - left - 10, len(columns) + 1, size)
-    figure = style.page(len(chosen) * (2 * cell + 3 * style.LINE) + top + 360)
+    cell = style.cell_size(style.WIDTH - left - 10, len(columns) + 1, size[1])
+    tall = style.cell_height(cell, size)
+    figure = style.page(len(chosen) * (2 * tall + 3 * style.LINE) + top + 360)
     for i in chosen:
         images = [subject.images(torch.stack([*row[i], noises.x0[i]])) for row in (noises.forward, noises.backward)]
         style.write(figure, left, top - 8, f"“{subject.prompts[i]}”", style="italic", va="bottom")
         bottom = style.mosaic(figure, left, top, images, cell, gap)
         for row, name in enumerate(("forward", "backward")):
-            style.write(figure, left - 10, top + (row + 0.5) * (cell + gap), name, ha="right", va="center")
+            style.write(figure, left - 10, top + (row + 0.5) * (tall + gap), name, ha="right", va="center")
         for column, label in enumerate([*(f"t = {style.of_pi(float(curves.t[k]))}" for k in columns), "x̂₀"]):
             style.write(figure, left + column * (cell + gap) + cell / 2, bottom + 4, label, ha="center", va="top")
         top = bottom + 3 * style.LINE

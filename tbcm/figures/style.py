@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.errors import UserError
 from tbcm.inference.images import to_pil
 from tbcm.runtime.files import atomic_path, write_json
@@ -82,13 +83,18 @@ def cell_size(width: float, columns: int, size: int, gap: int = 4) -> int:
     return room if room < size else size * (room // size)
 
 
+def cell_height(cell: int, size: Size) -> int:
+    """Of images that are drawn `cell` pixels wide."""
+    return round(cell * size[0] / size[1])
+
+
 def mosaic(figure: Figure, left: int, top: int, rows: Sequence[Tensor], cell: int, gap: int = 4) -> int:
     """Rows of images [K, 3, H, W] uint8, each drawn `cell` pixels wide; returns where it ends, from the top.
 
     Enlarged images keep their pixels: they are not smoothed.
     """
     columns = max(len(row) for row in rows)
-    height = round(cell * rows[0].shape[-2] / rows[0].shape[-1])
+    height = cell_height(cell, (rows[0].shape[-2], rows[0].shape[-1]))
     canvas = np.full((len(rows) * (height + gap) - gap, columns * (cell + gap) - gap, 3), 255, np.uint8)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):

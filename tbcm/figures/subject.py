@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tbcm.build import (
-    build_black_latent,
+    build_black_latents,
     build_prompts,
     build_teacher,
     build_text,
@@ -118,7 +118,7 @@ class Subject:
 
     def schedule(self, steps: int) -> Tensor:
         """The teacher's own flow-Euler times [1, steps], from t_max."""
-        return self.sampler.pipeline.teacher_times(steps)[None]
+        return self.sampler.pipeline.teacher_times(steps, self.sampler.size)[None]
 
     def routes(self, kind: str, points: int) -> Tensor:
         """One random route for each prompt, [P, points]."""
@@ -145,7 +145,8 @@ class Subject:
     def black(self) -> Tensor:
         """The scaled latent of a black image [C, h, w], on the CPU."""
         with tempfile.TemporaryDirectory() as folder:  # the teacher's own where its folder has it
-            return build_black_latent(self.config.model_copy(update={"out": folder}), self._device).cpu()
+            config = self.config.model_copy(update={"out": folder})
+            return build_black_latents(config, self._device)[self.sampler.size].cpu()
 
     @property
     def _device(self) -> torch.device:
@@ -158,7 +159,9 @@ class Subject:
         assert teacher is not None
         noise = self.noise[some].to(device)
         w = torch.full((len(noise),), self.guidance, device=device)
-        velocity = teacher.velocity(teacher.prepare(self.sampler.text(self.prompts[some])), w)
+        velocity = teacher.velocity(
+            teacher.prepare(self.sampler.text(self.prompts[some], self.sampler.size)), w, self.sampler.size
+        )
         return rollout(velocity, noise, (t if len(t) == 1 else t[some]).to(device), w, self.sigma_data)
 
 

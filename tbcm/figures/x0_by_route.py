@@ -41,7 +41,7 @@ def shown(subject: Subject) -> list[int]:
 def draw_images(figure: style.Figure, subject: Subject, rows: dict[str, Tensor]) -> int:
     """Decoded x_0 [P, C, h, w] of the shown prompts, a labelled row each; returns where they end."""
     columns, left, top, gap = shown(subject), 140, 2 * style.LINE + 10, 4
-    cell = style.cell_size(style.WIDTH - left - 8, COLUMNS, subject.config.teacher.image_size)
+    cell = style.cell_size(style.WIDTH - left - 8, COLUMNS, subject.sampler.size[1])
     bottom = style.mosaic(figure, left, top, [subject.images(x0[columns]) for x0 in rows.values()], cell, gap)
     height = (bottom - top + gap) / len(rows)
     for row, label in enumerate(rows):
@@ -54,8 +54,8 @@ def draw_images(figure: style.Figure, subject: Subject, rows: dict[str, Tensor])
 
 
 def page_height(subject: Subject, rows: int) -> int:
-    cell = style.cell_size(style.WIDTH - 148, COLUMNS, subject.config.teacher.image_size)
-    return 2 * style.LINE + 10 + rows * (cell + 4)
+    cell = style.cell_size(style.WIDTH - 148, COLUMNS, subject.sampler.size[1])
+    return 2 * style.LINE + 10 + rows * (style.cell_height(cell, subject.sampler.size) + 4)
 
 
 def make(request: Request) -> Drawing:

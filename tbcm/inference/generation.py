@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tbcm.build import autocast, build_teacher, build_text, default_guidance, dtype_of, teacher_autocast
 from tbcm.config import Config
+from tbcm.config.resolution import Size
 from tbcm.inference.images import to_uint8
 from tbcm.inference.student import load_student, open_source
 from tbcm.method.rollout import embedded, rollout
@@ -40,7 +41,8 @@ class Sampler:
 
     `net` is a student (few steps, guidance through its embedding) or, with `teacher`, a teacher (first-order steps of
     its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times, guidance and
-    precision holds, and weights that are kept in more precision are cast; `pipeline` has the VAE.
+    precision holds, and weights that are kept in more precision are cast; `pipeline` has the VAE. Images have the size
+    `size` (default: the first of those trained on).
     """
 
     def __init__(
@@ -52,12 +54,17 @@ class Sampler:
         *,
         teacher: bool,
         batch: int = 32,
+        size: Size | None = None,
     ) -> None:
         self.net, self.text, self.config, self.pipeline = net, text, config, pipeline
         self.batch, device = batch, next(net.parameters()).device
         self.dtype = dtype_of((config.teacher if teacher else config.student).precision, device)
-        self.teacher = GuidedTeacher(net, text, lambda: teacher_autocast(config, device)) if teacher else None
-        self.shape = pipeline.latent_shape(config.teacher.image_size)
+        self.size = size or config.resolution[0]
+        pipeline.check_size(self.size)
+        self.shape = pipeline.latent_shape(self.size)
+        self.teacher = (
+            GuidedTeacher(net, text, lambda: teacher_autocast(config, device), [self.size]) if teacher else None
+        )
 
     def __call__(
         self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
@@ -76,7 +83,7 @@ class Sampler:
             chunk = list(prompts[start : start + self.batch])
             begin = first + start
             noise = NoiseSource(seed, range(begin, begin + len(chunk)), self.shape, device)
-            parts.append(self.sample(self.text(chunk), noise, steps, scale))
+            parts.append(self.sample(self.text(chunk, self.size), noise, steps, scale))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -86,10 +93,10 @@ class Sampler:
         start = noise() * sigma_data
         w = torch.full((len(condition),), guidance, device=start.device)
         if self.teacher:
-            velocity = self.teacher.velocity(self.teacher.prepare(condition), w)
-            times = self.pipeline.teacher_times(steps).to(start.device)[None]
+            velocity = self.teacher.velocity(self.teacher.prepare(condition), w, self.size)
+            times = self.pipeline.teacher_times(steps, self.size).to(start.device)[None]
             return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
-        few = self.pipeline.student_times(steps)
+        few = self.pipeline.student_times(steps, self.size)
         cast = next(self.net.parameters()).dtype != self.dtype
         with autocast(self.dtype if cast else torch.float32, start.device):
             return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
@@ -114,9 +121,16 @@ def decode_in_parts(pipeline: AnyPipeline, vae: Any, latents: Tensor) -> Iterato
         yield to_uint8(pipeline.decode(vae, part))
 
 
-def open_sampler(path: str, *, teacher: bool = False, average: bool = True, device: str | None = None) -> Sampler:
-    """From a run, a pipeline folder, a hub id or 'icons'. `teacher`: a run's teacher, or a folder that is one."""
+def open_sampler(
+    path: str, *, teacher: bool = False, average: bool = True, device: str | None = None, size: Size | None = None
+) -> Sampler:
+    """From a run, a pipeline folder, a hub id or 'icons'. `teacher`: a run's teacher, or a folder that is one.
+
+    Raises:
+        UserError: there is none, or it makes no images of that size.
+    """
     place = pick_device(device)
     source = open_source(path)
+    source.pipeline.check_size(size or source.config.resolution[0])  # before weights are read
     net = build_teacher(source.config, place) if teacher else load_student(source, place, average=average)
-    return Sampler(net, build_text(source.config, place), source.config, source.pipeline, teacher=teacher)
+    return Sampler(net, build_text(source.config, place), source.config, source.pipeline, teacher=teacher, size=size)

@@ -18,23 +18,24 @@ PIPELINE_MULTIPLE = 32
 
 
 def call_of(config: Config, folder: str, dtype: torch.dtype) -> str:
-    """Python code that makes an image in one step, of the student's size.
+    """Python code that makes an image in one step, of the first size that the student was trained on.
 
     Height and width are given, and the pipeline's binning is off: it maps every size to one of about 1024 px, and fails
     for a transformer whose sample_size is not 32. `intermediate_timesteps` is for two steps, where its default, 1.3, is
     right; for any other number it is to be None.
     """
-    size, minilm = config.teacher.image_size, config.text.encoder == "minilm"
-    if size % PIPELINE_MULTIPLE:
+    (height, width), minilm = config.resolution[0], config.text.encoder == "minilm"
+    if height % PIPELINE_MULTIPLE or width % PIPELINE_MULTIPLE:
         return (
-            f"# SanaSprintPipeline makes images whose sides are multiples of {PIPELINE_MULTIPLE}, not {size} px.\n"
+            f"# SanaSprintPipeline makes images whose sides are multiples of {PIPELINE_MULTIPLE}: not of {height} x"
+            f" {width} px.\n"
             f'# This does: python -m tbcm.sample {folder} "a red panda" --steps 1\n'
         )
     prompt = ["prompt_embeds=embeds, prompt_attention_mask=mask"] if minilm else ['"a red panda"']
     arguments = [
         *prompt,
         "num_inference_steps=1, intermediate_timesteps=None",
-        f"height={size}, width={size}, use_resolution_binning=False",
+        f"height={height}, width={width}, use_resolution_binning=False",
         f"guidance_scale={default_guidance(config):g}",
     ]
     if not minilm and config.text.max_tokens != 300:
@@ -72,9 +73,14 @@ A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tb
 
 def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
     """As `call_of`, for a student of any other family: the teacher's own pipeline class, told its times."""
-    few = pipeline.few_steps(steps)
+    few = pipeline.few_steps(steps, size := config.resolution[0])
     guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
-    arguments = {**pipeline.family.prompts([pipeline.family.example]), **few.arguments, **guidance, **pipeline.size}
+    arguments = {
+        **pipeline.family.prompts([pipeline.family.example]),
+        **few.arguments,
+        **guidance,
+        **pipeline.family.sized_call(size),
+    }
     lines = [
         "import torch, diffusers",
         "",

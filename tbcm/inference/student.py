@@ -26,8 +26,6 @@ from tbcm.runtime.files import atomic_folder
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
-DEFAULT_SIZE = 1024
-"""Pixels, of a network that says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Source:
         """Where VAE, text encoder and scheduler lie: the teacher's folder for a run."""
         if self.is_run:
             return pipeline_of(self.config)
-        return open_pipeline(Pipeline(self.path), self.config.teacher.image_size)
+        return open_pipeline(Pipeline(self.path))
 
 
 def open_source(path: str) -> Source:
@@ -68,16 +66,13 @@ def open_source(path: str) -> Source:
 
 def _config_of_pipeline(path: str) -> Config:
     """For a pipeline that this package did not write: the icons stand-in, else the conventions of its class."""
-    pipeline = open_pipeline(Pipeline(path), DEFAULT_SIZE)
+    pipeline = open_pipeline(Pipeline(path))
     icons = path == "icons"
     return parse_config(
         {
             "out": "unused",
-            "teacher": {
-                "path": path,
-                "null_mask": "own" if icons else "conditional",
-                "image_size": pipeline.trained_size,
-            },
+            "resolution": pipeline.trained_size,
+            "teacher": {"path": path, "null_mask": "own" if icons else "conditional"},
             "text": {"encoder": "minilm", "max_tokens": 16} if icons else {},
             "method": {"guidance": [2.5]} if icons else {},
             "data": {"prompts": "unused"},
@@ -176,7 +171,7 @@ def write_family_pipeline(student: DiffusersNetwork, source: Source, out: Path, 
     """
     pipeline, config = source.pipeline, source.config
     assert isinstance(pipeline, FamilyPipeline)
-    few = pipeline.few_steps(1)
+    few = pipeline.few_steps(1, config.resolution[0])
     scale = default_guidance(config)
     if student.guidance_embedding is not None:
         fold_guidance(student.backbone, student.guidance_embedding, scale)

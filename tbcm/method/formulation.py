@@ -12,6 +12,7 @@ Times are [B] tensors in radians, u and answers [B, ...] of the same shape; dtyp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,6 +63,10 @@ class Formulation(Protocol):
         """The teacher's own sampling times [steps], descending from t_max (0 not included)."""
         ...
 
+    def at(self, tokens: int) -> Formulation:
+        """That of images of so many tokens."""
+        ...
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -74,6 +79,7 @@ class Flow:
         shift: 1, but where the network is given the time q *before* its schedule's shift (CogView4):
             s = shift q / (1 + (shift - 1) q).
         sampling_shift: of the schedule that the teacher is sampled with; its network need not know it.
+        shift_of: both shifts as a function of the number of an image's tokens, where they depend on it.
     """
 
     scale: float = 1000.0
@@ -81,6 +87,7 @@ class Flow:
     sign: int = 1
     shift: float = 1.0
     sampling_shift: float = 1.0
+    shift_of: Callable[[int], float] | None = None
 
     t_min = 0.0
     t_max = T_MAX
@@ -102,6 +109,12 @@ class Flow:
     def schedule(self, steps: int) -> Tensor:
         q = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
         return time_from_flow(self.sampling_shift * q / (1 + (self.sampling_shift - 1) * q)).float()
+
+    def at(self, tokens: int) -> Flow:
+        if self.shift_of is None:
+            return self
+        shift = self.shift_of(tokens)
+        return Flow(self.scale, self.reverse, self.sign, shift, shift)
 
 
 class Diffusion:
@@ -163,6 +176,9 @@ class Diffusion:
         index = torch.linspace(last, -1, steps + 1, dtype=torch.float64)[:-1].round().long().clamp(min=0)
         return self._tables[torch.device("cpu")][0][index].float()
 
+    def at(self, tokens: int) -> Diffusion:
+        return self
+
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The knots and dk/dt there. Copied to a device once, since a copy from host memory waits for it."""
         if device not in self._tables:
@@ -210,6 +226,9 @@ class Edm:
         ends = self.sigma_max ** (1 / 7), self.sigma_min ** (1 / 7)
         sigma = torch.linspace(*ends, steps, dtype=torch.float64) ** 7
         return torch.atan(sigma / self.sigma_data).float()
+
+    def at(self, tokens: int) -> Edm:
+        return self
 
 
 def _output(prediction: Prediction, u: Tensor, t: Tensor, answer: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.models.architecture import defaults_of
 from tbcm.models.families.pipeline import FamilyPipeline
@@ -97,7 +99,7 @@ def general_student(
             backbone,
             teacher.family,
             teacher.formulation,
-            teacher.latents,
+            teacher.channels,
             guided=True,
             guidance_embeds_scale=guidance_embeds_scale or 1.0,
             logvar=True,
@@ -109,35 +111,47 @@ def general_student(
         raise UserError(str(error)) from None
 
 
-def black_latent(pipeline: AnyPipeline, image_size: int, folder: Path, device: torch.device) -> Tensor:
-    """The scaled latent [C, h, w] of an all-black image (fp32): the teacher's own, else computed once into `folder`,
-    under a name that tells teachers apart."""
+def black_latents(
+    pipeline: AnyPipeline, sizes: Sequence[Size], folder: Path, device: torch.device
+) -> dict[Size, Tensor]:
+    """The scaled latent [C, h, w] of an all-black image of each size (fp32): the teacher's own, else computed once into
+    `folder`, under a name that tells teachers apart."""
     from safetensors.torch import save_file
 
     from tbcm.runtime.files import atomic_path
 
-    key = str(image_size)
     vae = model_identity(pipeline.location, pipeline.revision, ["vae"])
     name = hashlib.sha256(key_of_model(vae).encode()).hexdigest()[:8]
-    cache = folder / f"black_latent-{name}.safetensors"
-    for file in (Path(pipeline.location) / "black_latent.safetensors", cache):
-        if file.is_file():
-            try:
-                stored = load_file(file)
-            except SafetensorError as error:
-                raise UserError(f"{file}: damaged ({first_line(error)}); delete it to have it made again") from None
-            if key in stored:
-                _check_latent(stored[key], pipeline, image_size, file)
-                return stored[key].to(device)
-    encoder = pipeline.load_vae(torch.float32)
-    encoder = encoder and encoder.to(device)  # there is none where a network makes pixels
-    black = pipeline.encode(encoder, -torch.ones(1, 3, image_size, image_size, device=device))[0]
-    with atomic_path(cache) as temporary:
-        save_file({key: black.cpu()}, temporary)
-    return black
+    own, cache = Path(pipeline.location) / "black_latent.safetensors", folder / f"black_latent-{name}.safetensors"
+    given, made = (_stored_latents(pipeline, sizes, file) for file in (own, cache))
+    found = made | given
+    if missing := [size for size in sizes if size not in found]:
+        encoder = pipeline.load_vae(torch.float32)
+        encoder = encoder and encoder.to(device)  # there is none where a network makes pixels
+        for size in missing:
+            made[size] = pipeline.encode(encoder, -torch.ones(1, 3, *size, device=device))[0].cpu()
+        others = load_file(cache) if cache.is_file() else {}  # of an earlier run here, of other sizes
+        with atomic_path(cache) as temporary:
+            save_file(others | {shown_size(size): black for size, black in made.items()}, temporary)
+        found |= made
+    return {size: found[size].to(device) for size in sizes}
 
 
-def _check_latent(latent: Tensor, pipeline: AnyPipeline, image_size: int, file: Path) -> None:
-    shape = [*pipeline.latent_shape(image_size)]
+def _stored_latents(pipeline: AnyPipeline, sizes: Sequence[Size], file: Path) -> dict[Size, Tensor]:
+    """Those of `sizes` that are in `file`. Raises UserError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({first_line(error)}); delete it to have it made again") from None
+    found = {size: stored[shown_size(size)] for size in sizes if shown_size(size) in stored}
+    for size, latent in found.items():
+        _check_latent(latent, pipeline, size, file)
+    return found
+
+
+def _check_latent(latent: Tensor, pipeline: AnyPipeline, size: Size, file: Path) -> None:
+    shape = [*pipeline.latent_shape(size)]
     if list(latent.shape) != shape or latent.dtype != torch.float32:
         raise UserError(f"{file}: {list(latent.shape)} in {latent.dtype} should be {shape} in torch.float32; delete it")

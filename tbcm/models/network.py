@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -13,8 +14,8 @@ from tbcm.method.formulation import Formulation
 from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import per_sample
 from tbcm.method.types import Condition, Prediction
+from tbcm.models.differentiation.compiling import compiled as compile_whole
 from tbcm.models.differentiation.explicit import Differentiable, ExactTime
-from tbcm.models.differentiation.fold import fold_options
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
 from tbcm.models.families.family import Family
 from tbcm.models.sana.network import Checkpointing, TangentMode
@@ -27,14 +28,14 @@ class DiffusersNetwork(nn.Module):
     an embedding that is added to the time's.
 
     Args:
-        latents: shape of the codec's latents, without the batch: what `family.layout` starts from.
+        channels: shape of the codec's latents without batch, height and width: channels, and the frames of a video.
         guided: adds a guidance embedding, zero at first, where the backbone has none.
         guidance_embeds_scale: of that embedding.
         logvar: adds the learned log-variance head of the adaptive weighting, on the time (and guidance) embedding.
         tangent: one_pass computes F and its derivative together; two_pass runs the network twice.
         checkpointing: full recomputes the backbone's blocks in backward, with diffusers' own checkpointing, which a
             derivative cannot pass: it needs tangent=two_pass.
-        compiled: torch.compile of the whole network: a graph per kind of call.
+        compiled: torch.compile of the whole network: a graph per kind of call and size of images.
 
     Raises:
         ValueError: checkpointing that this network cannot do.
@@ -45,7 +46,7 @@ class DiffusersNetwork(nn.Module):
         backbone: Any,
         family: Family,
         formulation: Formulation,
-        latents: tuple[int, ...],
+        channels: tuple[int, ...],
         *,
         guided: bool = False,
         guidance_embeds_scale: float = 1.0,
@@ -60,7 +61,7 @@ class DiffusersNetwork(nn.Module):
                 f"student.checkpointing={checkpointing} with student.tangent={tangent}: this backbone does"
                 " checkpointing=full with tangent=two_pass, or none"
             )
-        self.backbone, self.family, self.formulation, self.latents = backbone, family, formulation, latents
+        self.backbone, self.family, self.formulation, self.channels = backbone, family, formulation, channels
         self.tangent = tangent
         self.embeds_guidance = family.guidance is not None and bool(backbone.config.get("guidance_embeds"))
         found = time_embedders(backbone)
@@ -81,18 +82,12 @@ class DiffusersNetwork(nn.Module):
             backbone.enable_gradient_checkpointing()
         self._run: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = self._compute
         if compiled:
-            torch._dynamo.config.optimize_ddp = False
-            self._run = torch.compile(self._compute, fullgraph=True, dynamic=False, options=fold_options())
+            self._run = compile_whole(self._compute, fold=True)
 
     @property
     def t_max(self) -> float:
         """Where generation starts."""
         return self.formulation.t_max
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what is trained on."""
-        return self.family.layout.shape(self.latents)
 
     @property
     def width(self) -> int:
@@ -143,10 +138,7 @@ class DiffusersNetwork(nn.Module):
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens, for latents of this size."""
-        sizes = self.backbone.config
-        patch = sizes.get("patch_size") or sizes.get("all_patch_size") or 1
-        patch = patch if isinstance(patch, int) else patch[-1]
-        patch = max(patch, self.family.layout.patch)
+        patch = self.family.patch(self.backbone.config)
         return height // patch, width // patch
 
     def prepare(self, condition: Condition) -> Condition:
@@ -172,12 +164,13 @@ class DiffusersNetwork(nn.Module):
 
     def answer(self, u: Tensor, t: Tensor, condition: Condition, guidance: Tensor | None) -> Tensor:
         """What the backbone itself says of B samples: a tensor in its own layout (a list stacked)."""
-        sample = self.family.layout.pack(self.formulation.input(u, t), self.latents)
+        formulation = self._formulation(u)
+        sample = self.family.layout.pack(formulation.input(u, t), self._latents(u))
         condition = self._typed(condition)
         sample = [row.to(self._dtype) for row in sample] if isinstance(sample, list) else sample.to(self._dtype)
         with ExactTime():
             given = guidance if self.embeds_guidance else None
-            answer = self.family.call(self.backbone, sample, self.formulation.time(t), condition, given)
+            answer = self.family.call(self.backbone, sample, formulation.time(t), condition, given)
         return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
 
     def features(
@@ -219,7 +212,15 @@ class DiffusersNetwork(nn.Module):
         return Condition(cast, condition.static)
 
     def _trigflow(self, u: Tensor, t: Tensor, answer: Tensor) -> Tensor:
-        return self.formulation.output(u, t, self.family.layout.unpack(answer, self.latents).to(u.dtype))
+        unpacked = self.family.layout.unpack(answer, self._latents(u)).to(u.dtype)
+        return self._formulation(u).output(u, t, unpacked)
+
+    def _latents(self, u: Tensor) -> tuple[int, ...]:
+        """Shape of the codec's latents for one sample of `u`, in which a video's frames stand one below the other."""
+        return *self.channels, u.shape[-2] // math.prod(self.channels[1:]), u.shape[-1]
+
+    def _formulation(self, u: Tensor) -> Formulation:
+        return self.formulation.at(math.prod(self.grid(*u.shape[-2:])))
 
     def _compute(
         self,

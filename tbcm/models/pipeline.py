@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
 
+from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Flow
 from tbcm.method.sampling import student_times
@@ -39,6 +40,12 @@ _MODELS: dict[str, tuple[Any, type[Facts]]] = {
     "transformer": (SanaTransformer2DModel, SanaTransformer),
     "vae": (AutoencoderDC, Autoencoder),
 }
+
+
+def check_multiple(size: Size, multiple: int) -> None:
+    """Raises UserError for other sides than multiples of what a token covers."""
+    if any(side % multiple for side in size):
+        raise UserError(f"resolution = {shown_size(size)}: sides should be multiples of {multiple} for this teacher")
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,13 @@ class Pipeline:
         """Where generation starts."""
         return T_MAX
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, h, w), for square images of so many pixels."""
-        side = image_size // self.compression
-        return self.config("transformer")["in_channels"], side, side
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w), for images of this size."""
+        return self.config("transformer")["in_channels"], size[0] // self.compression, size[1] // self.compression
+
+    def check_size(self, size: Size) -> None:
+        """Raises UserError where the network makes no images of it."""
+        check_multiple(size, self.compression * int(self.config("transformer")["patch_size"]))
 
     @property
     def trained_size(self) -> int:
@@ -123,11 +133,11 @@ class Pipeline:
     def scaling_factor(self) -> float:
         return float(self.config("vae")["scaling_factor"])
 
-    def teacher_times(self, steps: int) -> Tensor:
+    def teacher_times(self, steps: int, size: Size) -> Tensor:
         """The teacher's own sampling times, [steps] descending (0 not included): flow-Euler with its shift."""
         return Flow(sampling_shift=self.sampling_shift).schedule(steps)
 
-    def student_times(self, steps: int) -> list[float]:
+    def student_times(self, steps: int, size: Size) -> list[float]:
         return student_times(steps, self.t_max)
 
     def encode(self, vae: AutoencoderDC, images: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class Graphed:
                 self._warned = True
                 return None
             self._graphs[key] = self._capture(tensors, device)
+            shapes = ", ".join(f"{name} {list(tensors[name].shape)}" for name in sorted(tensors))
+            logger.info("CUDA graph %d of at most %d: %s", len(self._graphs), self.limit, shapes)
         return self._graphs[key]
 
     def _capture(self, tensors: Tensors, device: torch.device) -> _Captured:

@@ -3,13 +3,14 @@ velocity there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbcm.config.methods import Scm, Sprint
+from tbcm.config.resolution import Size
 from tbcm.data.bad import GoodImages
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.data.images import CaptionedImages
@@ -19,7 +20,7 @@ from tbcm.method.scm import scm_trajectory
 from tbcm.models.loading import AnyPipeline
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.phases import phase
-from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Stream, Text, draw
+from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Stream, Text, draw, draw_size
 
 
 class VaeLatents:
@@ -36,10 +37,10 @@ class VaeLatents:
     def __len__(self) -> int:
         return len(self.images)
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
         """See `CaptionedLatents`. Raises UserError where too many images cannot be decoded."""
         with phase("vae"):
-            images, taken = self._good(indices)
+            images, taken = self._good(indices, size)
             if self.device.type == "cuda":
                 images = images.pin_memory()  # else the host would wait for the copy
             return self.pipeline.encode(self.vae, images.to(self.device, non_blocking=True)), taken
@@ -49,7 +50,8 @@ class NoisedLatents:
     """The baselines' source: noised latents, at most `prompts_per_rollout` at once (`tbcm.samples.rollouts.Source`).
 
     Every sample costs a text encoding, one teacher velocity and, unless it is precomputed, a VAE encoding. Noise and
-    guidance are the very draws that TBCM makes for the same seed and step. `shape` [C, h, w] is that of one latent.
+    guidance are the very draws that TBCM makes for the same seed and step. `shapes` are those of a latent [C, h, w], of
+    each size that is trained on.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class NoisedLatents:
         text: Text,
         latents: CaptionedLatents,
         *,
-        shape: Sequence[int],
+        shapes: Mapping[Size, Sequence[int]],
         method: Scm | Sprint,
         t_max: float,
         seed: int,
@@ -67,7 +69,7 @@ class NoisedLatents:
         device: torch.device,
     ) -> None:
         self.teacher, self.text, self.latents = teacher, text, latents
-        self.shape, self.method, self.t_max, self.seed, self.device = shape, method, t_max, seed, device
+        self.shapes, self.method, self.t_max, self.seed, self.device = shapes, method, t_max, seed, device
         self.prompts_per_step = prompts_per_step
         self.parts = local_parts(prompts_per_step, prompts_per_rollout)
         self.batches, self.first_point, self.samples_per_prompt = len(self.parts), 0, 1
@@ -75,13 +77,14 @@ class NoisedLatents:
     def __call__(self, step: int) -> Iterator[Batch]:
         size = len(self.latents), self.prompts_per_step, step
         indices, epochs = batch_indices(*size, self.seed), batch_epochs(*size)
-        draws = self._draw(step)
+        image_size = draw_size([*self.shapes], self.seed, step)
+        draws = self._draw(step, self.shapes[image_size])
         for part in self.parts:
-            yield self._batch(indices[part], epochs[part], draws[part])
+            yield self._batch(indices[part], epochs[part], draws[part], image_size)
 
-    def _draw(self, step: int) -> Draws:
+    def _draw(self, step: int, shape: Sequence[int]) -> Draws:
         guidance = self.method.guidance
-        return draw(self.seed, step, self.prompts_per_step, self.shape, guidance, self._draw_times, self.device)
+        return draw(self.seed, step, self.prompts_per_step, shape, guidance, self._draw_times, self.device)
 
     def _draw_times(self, stream: Stream) -> Tensor:
         """A logit-normal time for each image [P, 1]."""
@@ -90,16 +93,16 @@ class NoisedLatents:
         return logit_normal_times(normal, self.t_max, sigma_data=sigma_data, mean=law.mean, std=law.std)[:, None]
 
     @torch.no_grad()
-    def _batch(self, indices: list[int], epochs: list[int], draws: Draws) -> Batch:
+    def _batch(self, indices: list[int], epochs: list[int], draws: Draws, size: Size) -> Batch:
         sigma_data = self.method.sigma_data
-        xbar0, taken = self.latents.latents(indices)
+        xbar0, taken = self.latents.latents(indices, size)
         captions = [drawn(self.latents.captions, *place, self.seed) for place in zip(taken, epochs, strict=True)]
         with phase("text"):
-            condition = self.text(captions)
+            condition = self.text(captions, size)
         x0 = sigma_data * xbar0
         noise, t = draws.noise * sigma_data, draws.route[:, 0]
         with phase("teacher"):
-            velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance)
+            velocity = self.teacher.velocity(self.teacher.prepare(condition), draws.guidance, size)
             trajectory = scm_trajectory(velocity, x0, noise, t, draws.guidance, sigma_data)
         keep = torch.ones_like(draws.guidance, dtype=torch.bool)  # the brightness filter is TBCM's
         return Batch(trajectory, condition, keep)

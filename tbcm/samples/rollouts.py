@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.config.methods import Route, Tbcm
+from tbcm.config.resolution import MOST_SIZES, Size
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, rollout
@@ -21,7 +22,10 @@ from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_parts
 from tbcm.runtime.graphs import Graphed
 from tbcm.runtime.phases import phase
-from tbcm.runtime.seeding import generator
+from tbcm.runtime.seeding import generator, stream_bytes
+
+GRAPHS = MOST_SIZES + 8
+"""Captured rollouts that are kept: one a size, and some for rollouts of fewer prompts."""
 
 Stream = Callable[[str], torch.Generator]
 """The generator of a step's draws of that name."""
@@ -40,6 +44,14 @@ class Draws:
     def __getitem__(self, prompts: slice) -> Draws:
         route = self.route if self.route.shape[0] == 1 else self.route[prompts]
         return Draws(self.noise[prompts], route, self.guidance[prompts], self.uniform[prompts])
+
+
+def draw_size(sizes: Sequence[Size], seed: int, step: int) -> Size:
+    """The size of a step's images, each as likely. One for the whole step: a batch is of one size, and which prompts
+    share a batch depends on the number of ranks."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return sizes[int.from_bytes(stream_bytes(seed, step, "size", 8), "little") % len(sizes)]
 
 
 def draw(
@@ -85,60 +97,70 @@ def draw_route(route: Route, routes: int, t_max: float, sigma_data: float, sourc
 
 
 class Text(Protocol):
-    """Prompts -> Condition, and the unconditional branch's `null_prompt` (one prompt; None: there is no such branch)
-    with the rule for its mask: "own", or "conditional", the prompt's."""
+    """Prompts, for images of one size -> Condition; and the unconditional branch's `null_prompt` (one prompt; None:
+    there is no such branch) with the rule for its mask: "own", or "conditional", the prompt's."""
 
     null_mask: str
 
-    @property
-    def null_prompt(self) -> Condition | None: ...
+    def null_prompt(self, size: Size) -> Condition | None: ...
 
     @property
     def modules(self) -> list[nn.Module]:
         """Networks that encode, as far as they are in memory."""
         ...
 
-    def __call__(self, prompts: list[str]) -> Condition: ...
+    def __call__(self, prompts: list[str], size: Size) -> Condition: ...
 
 
 class TextConditions:
-    """`Text` of an encoder of states and mask."""
+    """`Text` of an encoder of states and mask, which are the same for all sizes."""
 
     def __init__(self, encoder: TextEncoder, null_mask: str) -> None:
         self.encoder = encoder
         self.null_mask = null_mask
         embeds, mask = encode_null(encoder)
-        self.null_prompt = Condition({"embeds": embeds, "mask": mask})
+        self._null = Condition({"embeds": embeds, "mask": mask})
 
     @property
     def modules(self) -> list[nn.Module]:
         model = getattr(self.encoder, "model", None)
         return [] if model is None else [model]
 
-    def __call__(self, prompts: list[str]) -> Condition:
+    def null_prompt(self, size: Size) -> Condition:
+        return self._null
+
+    def __call__(self, prompts: list[str], size: Size) -> Condition:
         embeds, mask = self.encoder.encode(prompts)
         return Condition({"embeds": embeds, "mask": mask})
 
 
 class GuidedTeacher:
     """The frozen teacher's guided velocity: classifier-free guidance, or its own guidance embedding where it was
-    distilled with one. Keys and values of the null prompt are projected here, once a run."""
+    distilled with one. Keys and values of the null prompt are projected here, once a run (and size, if they differ)."""
 
-    def __init__(self, net: TeacherNetwork, text: Text, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(
+        self,
+        net: TeacherNetwork,
+        text: Text,
+        autocast: Callable[[], AbstractContextManager[object]],
+        sizes: Sequence[Size],
+    ) -> None:
         self.net, self.null_mask, self.autocast = net, text.null_mask, autocast
-        null = None if net.embeds_guidance else text.null_prompt
-        self._null = None if null is None else self.prepare(null)
+        nulls = {size: None if net.embeds_guidance else text.null_prompt(size) for size in sizes}
+        prepared = {id(null): null if null is None else self.prepare(null) for null in nulls.values()}
+        self._nulls = {size: prepared[id(null)] for size, null in nulls.items()}
 
     def prepare(self, condition: Condition) -> Condition:
         """Keys and values of P prompts, to be used at any number of points."""
         with self.autocast():
             return self.net.prepare(condition)
 
-    def velocity(self, prepared: Condition, guidance: Tensor) -> Velocity:
+    def velocity(self, prepared: Condition, guidance: Tensor, size: Size) -> Velocity:
         """Of prepared prompts, `guidance` [P]. The null prompt has each prompt's mask or its own (`null_mask`)."""
-        if self._null is None:
+        one = self._nulls[size]
+        if one is None:
             return self._in_precision(embedded(self.net, prepared, guidance))
-        null = self._null.expand(len(prepared))
+        null = one.expand(len(prepared))
         if self.null_mask == "conditional":
             null = Condition({**null.tensors, "mask": prepared.tensors["mask"]})
         return self._in_precision(self.net.guided(prepared, null, guidance))
@@ -179,7 +201,7 @@ class TeacherRollouts:
         teacher: GuidedTeacher,
         text: Text,
         prompts: Sequence[str],
-        black: Tensor,
+        black: Mapping[Size, Tensor],
         *,
         method: Tbcm,
         t_max: float,
@@ -191,7 +213,8 @@ class TeacherRollouts:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
         self.method, self.t_max, self.seed = method, t_max, seed
         self.prompts_per_step = prompts_per_step
-        self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false") if cuda_graph else None
+        self._size_of = {tuple(one.shape): size for size, one in black.items()}
+        self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false", limit=GRAPHS) if cuda_graph else None
         self.parts = local_parts(prompts_per_step, prompts_per_rollout)
         self.batches = len(self.parts)
         self.first_point = first_training_point(t_max)
@@ -200,11 +223,12 @@ class TeacherRollouts:
     def __call__(self, step: int) -> Iterator[Batch]:
         size = len(self.prompts), self.prompts_per_step, step
         places = list(zip(batch_indices(*size, self.seed), batch_epochs(*size), strict=True))
-        guidance, device = self.method.guidance, self.black.device
-        draws = draw(self.seed, step, self.prompts_per_step, self.black.shape, guidance, self._draw_routes, device)
+        image_size = draw_size([*self.black], self.seed, step)
+        black, guidance = self.black[image_size], self.method.guidance
+        draws = draw(self.seed, step, self.prompts_per_step, black.shape, guidance, self._draw_routes, black.device)
         for part in self.parts:
             prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[part]]
-            yield self._batch(prompts, draws[part])
+            yield self._batch(prompts, draws[part], image_size)
 
     def _draw_routes(self, stream: Stream) -> Tensor:
         route = self.method.route
@@ -212,10 +236,10 @@ class TeacherRollouts:
         return draw_route(route, routes, self.t_max, self.method.sigma_data, stream("route"))
 
     @torch.no_grad()
-    def _batch(self, prompts: list[str], draws: Draws) -> Batch:
+    def _batch(self, prompts: list[str], draws: Draws, size: Size) -> Batch:
         sigma_data = self.method.sigma_data
         with phase("text"):
-            condition = self.text(prompts)
+            condition = self.text(prompts, size)
         route = draws.route.expand(len(prompts), -1)
         start = {"start": draws.noise * sigma_data, "route": route, "guidance": draws.guidance}
         with phase("teacher"):
@@ -223,7 +247,7 @@ class TeacherRollouts:
             tensors = {**start, **prepared.tensors}
             x, dxdt, x0 = self._graph(tensors) if self._graph else self._trajectory(tensors, prepared.static)
         trajectory = Trajectory(x, dxdt, route, x0, draws.guidance)
-        keep = keep_mask(trajectory.x0 / sigma_data, self.black, draws.uniform, self.method.brightness_threshold)
+        keep = keep_mask(trajectory.x0 / sigma_data, self.black[size], draws.uniform, self.method.brightness_threshold)
         return Batch(trajectory, condition, keep)
 
     def _trajectory(self, tensors: Mapping[str, Tensor], static: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
@@ -231,6 +255,6 @@ class TeacherRollouts:
         start, route, guidance = (tensors[name] for name in ("start", "route", "guidance"))
         known = {name: tensors[name] for name in tensors if name not in ("start", "route", "guidance")}
         prepared = Condition(known, static or {})
-        velocity = self.teacher.velocity(prepared, guidance)
+        velocity = self.teacher.velocity(prepared, guidance, self._size_of[tuple(start.shape[1:])])
         trajectory = rollout(velocity, start, route, guidance, self.method.sigma_data)
         return trajectory.x, trajectory.dxdt, trajectory.x0

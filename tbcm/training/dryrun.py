@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.build import Parts, build_parts
 from tbcm.config import Config
+from tbcm.config.resolution import Size, largest
 from tbcm.errors import UserError
 from tbcm.models.network import DiffusersNetwork
 from tbcm.runtime import distributed
@@ -23,7 +25,8 @@ from tbcm.training.trainer import Trainer, peak_memory_gib
 
 def dry_run(config: Config, device_name: str | None) -> None:
     """Prints parameters, FLOPs of a step, what each rank will hold and its peak memory; with a GPU, takes a real step
-    after that and prints the peak that was measured.
+    after that and prints the peak that was measured. Of several sizes of images the largest is taken, which decides
+    what memory is needed.
 
     FLOPs are counted in an eager step on tensors without data (PyTorch's meta device, behind fake tensors), where no
     compiled graph or kernel hides a product; memory is the sum of the live tensors. Rollouts that follow one another in
@@ -32,10 +35,11 @@ def dry_run(config: Config, device_name: str | None) -> None:
     it is the run of as many ranks.
     """
     device = distributed.init(device_name)
+    sizes, config = config.resolution, config.model_copy(update={"resolution": (largest(config.resolution),)})
     parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
     prompts, rollouts = parts[0].stop - parts[0].start, len(parts)
     if distributed.is_main():
-        print(account(config, prompts, rollouts), flush=True)
+        print(account(config, prompts, rollouts, sizes), flush=True)
     if device.type == "cuda":
         # The second rollout finds the gradients of the first; what follows would cost the same.
         few = prompts * min(rollouts, 2) * distributed.world_size()
@@ -45,8 +49,9 @@ def dry_run(config: Config, device_name: str | None) -> None:
     distributed.shutdown()
 
 
-def account(config: Config, prompts: int, rollouts: int) -> str:
-    """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each."""
+def account(config: Config, prompts: int, rollouts: int, sizes: Sequence[Size]) -> str:
+    """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each. `config` has one size,
+    the largest of `sizes`."""
     shard = shard_size(config.parallel.shard) if config.parallel.mode == "fsdp" else 1
     with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
         config, device = _with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu")
@@ -57,7 +62,13 @@ def account(config: Config, prompts: int, rollouts: int) -> str:
         flops = counter.flops
         trainer.train_step()
     figures = report(trainer, prompts, rollouts, counter.flops - flops)
-    return _lines(figures | memory_report(trainer, rollouts, shard, counter.peak))
+    return _lines({"images": _of_sizes(sizes)} | figures | memory_report(trainer, rollouts, shard, counter.peak))
+
+
+def _of_sizes(sizes: Sequence[Size]) -> str:
+    height, width = largest(sizes)
+    rest = f", the largest of {len(sizes)} sizes: all that follows is of a step of it" if len(sizes) > 1 else ""
+    return f"{height} x {width} px{rest}"
 
 
 def measure(config: Config, device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tbcm.build import Parts, build_student, dtype_of, files_of, switch, teacher_weights
 from tbcm.config import Config
+from tbcm.config.resolution import Size
 from tbcm.models.loading import freeze
 from tbcm.models.pipeline import FLOW_STEPS
 from tbcm.models.sana.network import SanaTrigFlow
@@ -42,8 +43,10 @@ def random_parts(config: Config, device: torch.device) -> Parts:
             text_once=config.text.once,
         )
         freeze(teacher)
-        size = config.teacher.image_size // factor
-        black = torch.zeros(arguments["in_channels"], size, size)
+        black = {
+            (height, width): torch.zeros(arguments["in_channels"], height // factor, width // factor)
+            for height, width in config.resolution
+        }
         encoder = RandomEncoder(config, arguments["caption_channels"], device)
     text = TextConditions(encoder, config.teacher.null_mask)
     prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
@@ -53,7 +56,7 @@ def random_parts(config: Config, device: torch.device) -> Parts:
     if config.data.latents is not None:
         return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))
     vae = _random_vae(config, device)
-    latents = VaeLatents(files_of(config), vae, RandomImages(prompts, config.teacher.image_size), device)
+    latents = VaeLatents(files_of(config), vae, RandomImages(prompts), device)
     return Parts(teacher, student, text, prompts, black, latents, vae)
 
 
@@ -70,27 +73,28 @@ def _random_vae(config: Config, device: torch.device) -> AutoencoderDC:
 class RandomImages:
     """Noise for images (see `tbcm.data.images.CaptionedImages`)."""
 
-    def __init__(self, captions: Sequence[str], size: int) -> None:
-        self.captions, self._shape = captions, (3, size, size)
+    def __init__(self, captions: Sequence[str]) -> None:
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        return torch.rand(len(indices), *self._shape) * 2 - 1
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
+        return torch.rand(len(indices), 3, *size) * 2 - 1
 
 
 class RandomLatents:
-    """Noise for latents like `one` [C, h, w] (see `tbcm.data.latents.CaptionedLatents`)."""
+    """Noise for latents like those of `black` (see `tbcm.data.latents.CaptionedLatents`)."""
 
-    def __init__(self, captions: Sequence[str], one: Tensor) -> None:
-        self.captions, self._one = captions, one
+    def __init__(self, captions: Sequence[str], black: Mapping[Size, Tensor]) -> None:
+        self.captions, self._black = captions, black
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        return torch.randn(len(indices), *self._one.shape, device=self._one.device), list(indices)
+    def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
+        one = self._black[size]
+        return torch.randn(len(indices), *one.shape, device=one.device), list(indices)
 
 
 class RandomEncoder:

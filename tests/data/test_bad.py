@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data import bad as module
 from tbcm.data.bad import GoodImages, SampleError, next_good
 from tbcm.data.images import open_images
 from tbcm.errors import UserError
+
+EIGHT = 8, 8
 
 COUNT = 40
 
@@ -88,11 +91,11 @@ def test_samples_without_a_caption_are_left_out_and_told_once(
 ) -> None:
     path = layout(tmp_path, {"3.txt": None, "7.txt": b" \n", "9.txt": None})
     with caplog.at_level(logging.WARNING, "tbcm"):
-        data = open_images(path, 8, max_bad_share=0.1)
+        data = open_images(path, max_bad_share=0.1)
     assert list(data.captions) == [f"number {i}" for i in range(COUNT) if i not in (3, 7, 9)]
     (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "3 of 40 samples are bad and skipped: " in told and "such as " in told
-    assert [round(float(x)) for x in (data.images([3, 6])[:, 0, 0, 0] + 1) * 127.5] == [4, 8]
+    assert [round(float(x)) for x in (data.images([3, 6], (8, 8))[:, 0, 0, 0] + 1) * 127.5] == [4, 8]
 
 
 @LAYOUTS
@@ -101,10 +104,10 @@ def test_too_many_bad_samples_end_the_run_and_the_setting_is_named(tmp_path: Pat
     with pytest.raises(
         UserError, match=r"5 of 40 samples are bad, more than data\.max_bad_share = 0\.1 allows: .*: 5 "
     ):
-        open_images(path, 8, max_bad_share=0.1)
+        open_images(path, max_bad_share=0.1)
     with pytest.raises(UserError):  # the first of them
-        open_images(path, 8)
-    assert len(open_images(path, 8, max_bad_share=0.125)) == 35
+        open_images(path)
+    assert len(open_images(path, max_bad_share=0.125)) == 35
 
 
 @LAYOUTS
@@ -112,18 +115,18 @@ def test_too_many_bad_samples_end_the_run_and_the_setting_is_named(tmp_path: Pat
 def test_the_next_good_image_takes_the_place_of_one_that_cannot_be_decoded(
     tmp_path: Path, layout: Any, damaged: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = open_images(layout(tmp_path, {"3.png": damaged, "4.png": damaged, "39.png": damaged}), 8, max_bad_share=0.1)
+    data = open_images(layout(tmp_path, {"3.png": damaged, "4.png": damaged, "39.png": damaged}), max_bad_share=0.1)
     good = GoodImages(data, 0.1)
     with caplog.at_level(logging.WARNING, "tbcm"):
         for indices in ([2, 3, 4, 5], [39, 0], [4, 3], [1, 3]):
-            images, taken = good(indices)
+            images, taken = good(indices, EIGHT)
             assert taken == [{3: 5, 4: 5, 39: 0}.get(i, i) for i in indices]
             shades = [round(float(x)) for x in (images[:, 0, 0, 0] + 1) * 127.5]
             assert shades == taken and [data.captions[i] for i in taken] == [f"number {i}" for i in taken]
     (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "skipped, the next takes its place" in told
     with pytest.raises(SampleError, match="cannot be decoded"):
-        data.images([2, 3])
+        data.images([2, 3], (8, 8))
 
 
 class Fake:
@@ -135,7 +138,7 @@ class Fake:
     def __len__(self) -> int:
         return self.count
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         for index in indices:
             if index in self.bad:
                 error = SampleError(f"image {index}: cannot be decoded", "damaged image")
@@ -146,7 +149,7 @@ class Fake:
 
 def test_who_takes_a_place_depends_on_nobody_that_asks() -> None:
     fake = Fake(1000, [5, 6, 500, 999])
-    whole, taken = GoodImages(fake, 0.05)(range(1000))
+    whole, taken = GoodImages(fake, 0.05)(range(1000), EIGHT)
     assert torch.equal(whole, torch.tensor(taken)) and not fake.bad & set(taken)
     for ranks in (2, 7):
         parts: dict[int, int] = {}
@@ -155,30 +158,30 @@ def test_who_takes_a_place_depends_on_nobody_that_asks() -> None:
             good = GoodImages(fake, 0.05)
             for start in range(0, len(mine), 16):  # as a run that is resumed has seen nothing before
                 some = mine[start : start + 16]
-                parts |= dict(zip(some, good(some)[1], strict=True))
+                parts |= dict(zip(some, good(some, EIGHT)[1], strict=True))
         assert [parts[i] for i in range(1000)] == taken
 
 
 def test_the_share_is_of_what_was_tried_and_of_a_thousand_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     good = GoodImages(Fake(100_000, range(0, 100_000, 10)), 0.05)  # every tenth
-    good(range(500))  # 50 bad ones are as many as may be of a thousand
+    good(range(500), EIGHT)  # 50 bad ones are as many as may be of a thousand
     with pytest.raises(UserError, match=r"51 of 1,000 samples are bad, more than data\.max_bad_share = 0\.05 allows"):
-        good(range(500, 520))
+        good(range(500, 520), EIGHT)
     monkeypatch.setattr(module, "ENOUGH", 10)
     with pytest.raises(UserError, match="of 100 samples are bad"):
-        GoodImages(Fake(100_000, range(0, 100_000, 10)), 0.05)(range(100))
+        GoodImages(Fake(100_000, range(0, 100_000, 10)), 0.05)(range(100), EIGHT)
     with pytest.raises(UserError, match="2 of 4 samples are bad"):  # a small data set is its own measure
-        GoodImages(Fake(4, [0, 2]), 0.3)([0, 1, 2])
+        GoodImages(Fake(4, [0, 2]), 0.3)([0, 1, 2], EIGHT)
     with pytest.raises(UserError):
-        GoodImages(Fake(4, [0, 1, 2, 3]), 0.99)([0])
+        GoodImages(Fake(4, [0, 1, 2, 3]), 0.99)([0], EIGHT)
 
 
 def test_a_file_that_cannot_be_read_is_no_bad_sample(tmp_path: Path) -> None:
     """A disk that fails would give another run than one that does not."""
-    data = open_images(as_pairs(tmp_path, {}), 8, max_bad_share=0.5)
+    data = open_images(as_pairs(tmp_path, {}), max_bad_share=0.5)
     (tmp_path / "3.png").unlink()
     with pytest.raises(UserError, match=r"3\.png: cannot be read: No such file"):
-        GoodImages(data, 0.5)([3])
+        GoodImages(data, 0.5)([3], EIGHT)
 
 
 def test_next_good() -> None:

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from tbcm.data.decoding import decode_file as decode
+from tbcm.data.decoding import decode_file
 from tbcm.errors import UserError
+
+
+def decode(path: Path, side: int) -> Tensor:
+    return decode_file(path, (side, side))
 
 
 @pytest.mark.parametrize("turned", [False, True])

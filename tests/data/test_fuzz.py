@@ -57,7 +57,7 @@ PIECES = (
     "read",
     [
         lambda path: load_prompts(path, folder="clean"),
-        lambda path: open_images(path, 8),
+        lambda path: open_images(path),
         lambda path: CachedEncoder(path),
         lambda path: PrecomputedLatents(path),
     ],

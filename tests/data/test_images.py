@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_config
 
+from tbcm.build import build_images
 from tbcm.data.images import ShippedIcons, open_images
 from tbcm.errors import UserError
 
@@ -32,7 +34,7 @@ def write_folder(folder: Path, entries: list[dict[str, Any]] | None = None) -> P
 
 def message(folder: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        open_images(str(folder), 8, **options)
+        open_images(str(folder), **options)
     text = str(caught.value)
     assert "\n" not in text
     assert str(folder) in text
@@ -49,10 +51,10 @@ def test_images_and_captions_in_the_order_of_the_metadata(tmp_path: Path, kind: 
         (tmp_path / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows()), tmp_path / "metadata.parquet")
-    data = open_images(str(tmp_path), 8)
+    data = open_images(str(tmp_path))
     assert list(data.captions) == ["a red, flat", "a green, flat", "a blue, flat"]
     assert len(data) == 3
-    images = data.images([2, 0, 1, 2])
+    images = data.images([2, 0, 1, 2], (8, 8))
     assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32
     assert (images == images[:, :, :1, :1]).all()
     assert images[:, :, 0, 0].tolist() == [[-1, -1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
@@ -60,7 +62,7 @@ def test_images_and_captions_in_the_order_of_the_metadata(tmp_path: Path, kind: 
 
 def test_the_named_column_holds_the_captions(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [{"file_name": "red.png", "text": "no", "caption": "yes", "size": 3}])
-    assert list(open_images(str(folder), 8, "caption").captions) == ["yes"]
+    assert list(open_images(str(folder), "caption").captions) == ["yes"]
 
 
 def test_missing_folder_metadata_and_file(tmp_path: Path) -> None:
@@ -102,26 +104,27 @@ def test_malformed_empty_and_other_encodings(tmp_path: Path) -> None:
 
 
 def test_a_damaged_image_is_named_when_it_is_decoded(tmp_path: Path) -> None:
-    data = open_images(str(write_folder(tmp_path)), 8)
+    data = open_images(str(write_folder(tmp_path)))
     whole = (tmp_path / "blue.png").read_bytes()
     for damaged in (b"", b"not an image", whole[: len(whole) // 2], whole[:20] + bytes(20) + whole[40:]):
         (tmp_path / "blue.png").write_bytes(damaged)
-        assert data.images([0, 1]).shape == (2, 3, 8, 8)
+        assert data.images([0, 1], (8, 8)).shape == (2, 3, 8, 8)
         with pytest.raises(UserError, match=r"blue\.png: cannot be decoded .*; replace it"):
-            data.images([0, 2, 1])
+            data.images([0, 2, 1], (8, 8))
 
 
 def test_the_shipped_icons_are_of_training_combinations_only() -> None:
-    data = open_images("icons", 64)
+    data = open_images("icons")
     assert isinstance(data, ShippedIcons)
     assets = Path(__file__).parents[2] / "tbcm" / "icons" / "assets"
     prompts = set((assets / "prompts.txt").read_text(encoding="utf-8").splitlines())
     assert len(data) == len(data.captions) > 10_000
     assert set(data.captions) <= prompts  # which hold no held-out combination
     index = list(data.captions).index("solid red camera on white")
-    images = data.images([index, 0])
+    images = data.images([index, 0], (64, 64))
     assert images.shape == (2, 3, 64, 64) and images.min() >= -1 and images.max() <= 1
     corner, ink = images[0, :, 0, 0], images[0, 0] - images[0, 1:].mean(0)
     assert corner.min() > 0.9 and ink.max() > 0.8  # white, and somewhere far redder than green and blue
-    with pytest.raises(UserError, match="64 px, not 1024"):
-        ShippedIcons(1024)
+    for sizes in ([[64, 64], [64, 128]], 1024):
+        with pytest.raises(UserError, match="the icons have 64 px: set resolution=64"):
+            build_images(tiny_config(Path("unused"), resolution=sizes, data={"prompts": "unused", "images": "icons"}))

@@ -13,6 +13,7 @@ from helpers import NoHostSync
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tbcm.config.resolution import Size
 from tbcm.data import latent_writer, latents
 from tbcm.data.captions import PromptSource
 from tbcm.data.latent_writer import LatentWriter
@@ -20,8 +21,10 @@ from tbcm.data.latents import PrecomputedLatents
 from tbcm.errors import UserError
 from tbcm.runtime.leftovers import temporary
 
+SIZE: Size = (64, 64)
+
 CAPTIONS = [f"caption {i} 🐼" for i in range(10)]  # 3 shards of 4
-MADE_WITH = {"teacher.path": "here", "teacher.revision": None, "teacher.image_size": 64, "scaling_factor": 0.7}
+MADE_WITH = {"teacher.path": "here", "teacher.revision": None, "resolution": [[64, 64]], "scaling_factor": 0.7}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +76,7 @@ def test_latents_and_captions_of_any_images_in_any_order(tmp_path: Path, dtype: 
     data = PrecomputedLatents(tmp_path / "c")
     assert len(data) == 10 and list(data.captions) == CAPTIONS
     for indices in (range(10), [9, 0, 4, 4], [3]):
-        found, taken = data.latents(indices)
+        found, taken = data.latents(indices, SIZE)
         assert taken == list(indices)
         assert found.dtype == torch.float32 and found.shape == (len(indices), 3, 2, 5)
         assert torch.equal(found, torch.stack([latent(i) for i in indices]).to(getattr(torch, dtype)).float())
@@ -102,9 +105,9 @@ def test_fp16_rounds_no_more_than_the_docstring_says() -> None:
 def test_reading_waits_for_no_device_and_touches_only_what_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "c")
     data = PrecomputedLatents(tmp_path / "c")
-    data.latents([0, 9])  # opening a file is no part of a step
+    data.latents([0, 9], SIZE)  # opening a file is no part of a step
     with NoHostSync():
-        data.latents([9, 1])
+        data.latents([9, 1], SIZE)
     assert set(data._shards) == {"latents-00000.safetensors", "latents-00002.safetensors"}
 
 
@@ -127,8 +130,8 @@ def test_killed_at_any_call_it_goes_on(tmp_path: Path, calls: int) -> None:
     assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == json.loads(
         (whole / "manifest.json").read_text()
     )
-    expected = PrecomputedLatents(whole).latents(range(10))[0]
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10))[0], expected)
+    expected = PrecomputedLatents(whole).latents(range(10), SIZE)[0]
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents(range(10), SIZE)[0], expected)
 
 
 def test_images_added_at_the_end_cost_only_themselves(tmp_path: Path) -> None:
@@ -147,8 +150,10 @@ def test_images_added_at_the_end_cost_only_themselves(tmp_path: Path) -> None:
 def test_finished_latents_are_not_overwritten_with_others(tmp_path: Path) -> None:
     write(tmp_path / "c")
     before = (tmp_path / "c" / "manifest.json").read_bytes()
-    with one_line(r"made otherwise \(there -> now\): teacher\.image_size: 64 -> 32, dtype: float32 -> float16;"):
-        write(tmp_path / "c", dtype="float16", **{"teacher.image_size": 32})
+    with one_line(
+        r"made otherwise \(there -> now\): resolution: \[\[64, 64\]\] -> \[\[32, 32\]\], dtype: float32 -> float16;"
+    ):
+        write(tmp_path / "c", dtype="float16", **{"resolution": [[32, 32]]})
     assert (tmp_path / "c" / "manifest.json").read_bytes() == before
 
 
@@ -190,7 +195,7 @@ def test_a_missing_or_cut_file_is_named(tmp_path: Path) -> None:
         with one_line(path.name, "No such file", "run tbcm.encode_images again"):
             PrecomputedLatents(tmp_path / "c")
         path.write_bytes(content)
-    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5])[0][0], latent(5))
+    assert torch.equal(PrecomputedLatents(tmp_path / "c").latents([5], SIZE)[0][0], latent(5))
 
 
 @pytest.mark.parametrize(
@@ -216,9 +221,9 @@ def test_a_header_that_is_damaged_is_found_when_it_is_read(tmp_path: Path) -> No
     path = tmp_path / "c" / "latents-00001.safetensors"
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
     data = PrecomputedLatents(tmp_path / "c")
-    data.latents([0])
+    data.latents([0], SIZE)
     with one_line("latents-00001", "damaged", "run tbcm.encode_images again"):
-        data.latents([0, 5])
+        data.latents([0, 5], SIZE)
 
 
 def test_files_that_are_written_again_under_a_reader_are_noticed(tmp_path: Path) -> None:
@@ -230,7 +235,7 @@ def test_files_that_are_written_again_under_a_reader_are_noticed(tmp_path: Path)
 
     write(tmp_path / "c", others, CAPTIONS[::-1])
     with one_line("latents-00000.safetensors", "was encoded again"):
-        data.latents([0])
+        data.latents([0], SIZE)
 
 
 def test_a_shard_of_another_origin_is_not_taken_for_ours(tmp_path: Path) -> None:
@@ -253,7 +258,7 @@ def test_a_bad_image_gives_its_place_to_the_next(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert writer.finish(0.3)["bad"] == [3, 8, 9]
     data = PrecomputedLatents(tmp_path / "c")
-    found, taken = data.latents(range(10))
+    found, taken = data.latents(range(10), SIZE)
     assert len(data) == 10 and taken == [0, 1, 2, 4, 4, 5, 6, 7, 0, 0]
     assert torch.equal(found, torch.stack([latent(i) for i in taken]))
 

@@ -37,8 +37,8 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 def found(path: Path | str, column: str = "text") -> list[tuple[int, Any]]:
     """The shade of each image, and its captions."""
-    data = open_images(str(path), 4, column)
-    shades = [round(float(x)) for x in (data.images(range(len(data)))[:, 0, 0, 0] + 1) * 127.5]
+    data = open_images(str(path), column)
+    shades = [round(float(x)) for x in (data.images(range(len(data)), (4, 4))[:, 0, 0, 0] + 1) * 127.5]
     return list(zip(shades, data.captions.all_texts(0, len(data)), strict=True))  # type: ignore[attr-defined]
 
 
@@ -89,8 +89,8 @@ def test_parquet_with_images(tmp_path: Path, kind: str) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/test-00000-of-00001.parquet")
     assert found(tmp_path) == [(i, f"n {i}") for i in range(30)]
     assert found(tmp_path / "data" / "train-0000{1..2}-of-00003.parquet", "all")[3] == (13, ["a", "b 13"])
-    data = open_images(str(tmp_path), 4)
-    assert [round(float(x)) for x in (data.images([29, 0, 13, 29])[:, 0, 0, 0] + 1) * 127.5] == [29, 0, 13, 29]
+    data = open_images(str(tmp_path))
+    assert [round(float(x)) for x in (data.images([29, 0, 13, 29], (4, 4))[:, 0, 0, 0] + 1) * 127.5] == [29, 0, 13, 29]
 
 
 def test_parquet_without_one_column_of_images(tmp_path: Path) -> None:
@@ -121,14 +121,14 @@ def test_names_with_dots_in_a_shard_are_not_lost_in_silence(tmp_path: Path, capl
         tmp_path / "a.tar", good | {"b/22.05.png": png(1), "b/22.05.txt": "lost", "3.seg.png": png(1), "4.cls": "7"}
     )
     with pytest.raises(UserError, match=r"b/22\.05\.png: has dots before its ending, .* replace them by _"):
-        open_images(str(path), 4)
+        open_images(str(path))
     with caplog.at_level(logging.INFO, "tbcm"):
-        assert len(open_images(str(path), 4, max_bad_share=0.05)) == 40
+        assert len(open_images(str(path), max_bad_share=0.05)) == 40
     assert "1 of 41 samples are bad and skipped: dots in the name: 1 (such as" in caplog.text
     assert "passed over: 2 .png (first " in caplog.text and "1 .cls" in caplog.text and "1 .txt" in caplog.text
     only = shard(tmp_path / "only.tar", {"22.05.png": png(1), "22.05.txt": "a", "22.06.png": png(1), "22.06.txt": "b"})
     with pytest.raises(UserError, match=r"2 of 2 samples are bad.*dots in the name: 2"):
-        open_images(str(only), 4, max_bad_share=0.5)
+        open_images(str(only), max_bad_share=0.5)
 
 
 def test_links_and_sparse_files_in_a_shard_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,7 +152,7 @@ def test_joined_shards_are_an_error_that_says_how_to_mend_them(tmp_path: Path, p
     with pytest.raises(
         UserError, match=r"joined\.tar: has data after its end mark at byte 2,048, .* tar --concatenate"
     ):
-        open_images(str(tmp_path / "joined.tar"), 4)
+        open_images(str(tmp_path / "joined.tar"))
     os.system(f"cd {tmp_path} && cp 0.tar mended.tar && tar --concatenate -f mended.tar 1.tar")
     assert found(tmp_path / "mended.tar") == [(0, "n 0"), (1, "n 1")]
 
@@ -173,7 +173,7 @@ def test_shards_compressed_or_something_else(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=word):
-            open_images(str(tmp_path / name), 4)
+            open_images(str(tmp_path / name))
 
 
 # Prompts

@@ -55,7 +55,7 @@ def shards(folder: Path, count: int = 3) -> Path:
 
 def numbers(data: Any, indices: Sequence[int]) -> list[int]:
     """The red values of images, after checking that they have the captions of these numbers."""
-    found = [int(x) for x in (data.images(indices)[:, 0, 0, 0] + 1) * 127.5 + 0.5]
+    found = [int(x) for x in (data.images(indices, (8, 8))[:, 0, 0, 0] + 1) * 127.5 + 0.5]
     assert [data.captions[i] for i in indices] == [f"number {n}" for n in found]
     return found
 
@@ -65,11 +65,11 @@ EVERY = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
 
 @pytest.mark.parametrize("path", ["", "/", "/*.tar", "/0000?.tar", "/{00000..00002}.tar"])
 def test_shards_in_any_order_however_they_are_named(tmp_path: Path, path: str) -> None:
-    data = open_images(f"{shards(tmp_path)}{path}", 8)
+    data = open_images(f"{shards(tmp_path)}{path}")
     assert isinstance(data, WebDataset) and len(data) == len(data.captions) == 12
     assert numbers(data, range(12)) == EVERY
     assert numbers(data, [11, 0, 5, 5, 2]) == [23, 0, 11, 11, 2]
-    images = data.images([7])
+    images = data.images([7], (8, 8))
     assert images.shape == (1, 3, 8, 8) and images.dtype == torch.float32
     file = tmp_path / "13.png"
     file.write_bytes(picture(13))
@@ -78,16 +78,16 @@ def test_shards_in_any_order_however_they_are_named(tmp_path: Path, path: str) -
 
 def test_one_shard_a_range_of_some_and_a_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shards(tmp_path / "data").parent)
-    assert numbers(open_images("data/00001.tar", 8), range(4)) == EVERY[4:8]
-    assert numbers(open_images("data/{00001..00002}.tar", 8), range(8)) == EVERY[4:]
-    assert numbers(open_images("d*a/*.tar", 8), range(12)) == EVERY
+    assert numbers(open_images("data/00001.tar"), range(4)) == EVERY[4:8]
+    assert numbers(open_images("data/{00001..00002}.tar"), range(8)) == EVERY[4:]
+    assert numbers(open_images("d*a/*.tar"), range(12)) == EVERY
 
 
 def test_a_folder_with_metadata_is_an_image_folder_even_beside_shards(tmp_path: Path) -> None:
     shards(tmp_path)
     (tmp_path / "a.png").write_bytes(picture(7))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "number 7"}))
-    data = open_images(str(tmp_path), 8)
+    data = open_images(str(tmp_path))
     assert isinstance(data, ImageFiles) and numbers(data, [0]) == [7]
 
 
@@ -108,9 +108,9 @@ def test_names_kinds_and_other_members(tmp_path: Path) -> None:
         ("README", b"nothing"),
     ]
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        assert numbers(open_images(str(write(tmp_path / "a.tar", files, kind)), 8), range(4)) == [1, 2, 3, 4]
+        assert numbers(open_images(str(write(tmp_path / "a.tar", files, kind))), range(4)) == [1, 2, 3, 4]
     jpeg = [("1.jpg", picture(90, "jpeg")), ("1.txt", b"a"), ("2.jpeg", picture(90, "jpeg")), ("2.txt", b"b")]
-    assert open_images(str(write(tmp_path / "jpeg.tar", jpeg)), 8).images([0, 1]).shape == (2, 3, 8, 8)
+    assert open_images(str(write(tmp_path / "jpeg.tar", jpeg))).images([0, 1], (8, 8)).shape == (2, 3, 8, 8)
 
 
 def test_the_column_of_a_json_comes_before_a_txt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,9 +123,9 @@ def test_the_column_of_a_json_comes_before_a_txt(tmp_path: Path, caplog: pytest.
     ]
     path = str(write(tmp_path / "a.tar", files))
     with caplog.at_level(logging.INFO, "tbcm"):
-        assert list(open_images(path, 8, "long").captions) == ["a long one", "from a txt"]
+        assert list(open_images(path, "long").captions) == ["a long one", "from a txt"]
     assert "2 images in 1 shards; captions: 1 of .json (long), 1 of .txt" in caplog.text
-    assert list(open_images(path, 8).captions) == ["short", "short"]
+    assert list(open_images(path).captions) == ["short", "short"]
 
 
 # Bad input
@@ -133,7 +133,7 @@ def test_the_column_of_a_json_comes_before_a_txt(tmp_path: Path, caplog: pytest.
 
 def message(path: Path | str) -> str:
     with pytest.raises(UserError) as caught:
-        open_images(str(path), 8)
+        open_images(str(path))
     text = str(caught.value)
     assert "\n" not in text and Path(path).name in text
     return text
@@ -169,7 +169,7 @@ def test_missing_and_compressed_shards_and_what_is_none(tmp_path: Path) -> None:
     assert "no such folder of images, nor .tar" in message(tmp_path / "a.tar")
     shards(tmp_path)
     with pytest.raises(UserError, match=r"00003\.tar: cannot be read: No such file"):
-        open_images(f"{tmp_path}/{{00002..00003}}.tar", 8)
+        open_images(f"{tmp_path}/{{00002..00003}}.tar")
     packed = tmp_path / "packed.tar.gz"
     packed.write_bytes(gzip.compress((tmp_path / "00000.tar").read_bytes()))
     assert "not a whole, uncompressed .tar" in message(packed)
@@ -195,10 +195,10 @@ def test_a_shard_cut_or_damaged_anywhere_is_noticed(tmp_path: Path) -> None:
 
 def test_a_damaged_image_is_named_when_it_is_decoded(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", [*sample("good", 5), ("bad.png", picture(6)[:200]), ("bad.txt", b"a")])
-    data = open_images(str(path), 8)
+    data = open_images(str(path))
     assert numbers(data, [0]) == [5]
     with pytest.raises(UserError, match=r"a\.tar: bad\.png: cannot be decoded .*; replace it or take it out"):
-        data.images([0, 1])
+        data.images([0, 1], (8, 8))
     path.unlink()
     with pytest.raises(UserError, match=r"a\.tar: good\.png: cannot be read: No such file"):
-        data.images([0])
+        data.images([0], (8, 8))

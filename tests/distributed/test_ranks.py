@@ -163,7 +163,7 @@ def preview_between(out: Path) -> None:
 
 
 def asked(trainer: Trainer, prompts: list[str], *, steps: int) -> Tensor:
-    noise, condition = torch.randn(len(prompts), 4, 8, 8), trainer.text(prompts)
+    noise, condition = torch.randn(len(prompts), 4, 8, 8), trainer.text(prompts, (64, 64))
     with torch.no_grad():
         return trainer.student(noise, torch.ones(len(prompts)), condition, torch.ones(len(prompts))).F
 

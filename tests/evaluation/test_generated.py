@@ -18,7 +18,7 @@ from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.samples.rollouts import TextConditions
 
-SIZE = 64
+SIZE = (64, 64)
 
 
 def generated(home: Path, folder: Path, *, batch: int = 2, seed: int = 3, precision: str = "fp32") -> Generated:

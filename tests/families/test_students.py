@@ -22,15 +22,16 @@ NAMES = sorted(BUILDERS)
 def prepared(name: str, dtype: torch.dtype = torch.float64) -> tuple[DiffusersNetwork, Condition, Tensor, Tensor]:
     """A student of the tiny teacher, the condition of two prompts, and two points (u, t) each."""
     tiny = make(name, dtype)
-    teacher, _ = network(tiny)
-    condition, _ = family_of(type(tiny.pipe).__name__).encode(tiny.pipe, tiny.prompts, **tiny.size)
+    teacher, latents = network(tiny)
+    family = family_of(type(tiny.pipe).__name__)
+    condition, _ = family.encode(tiny.pipe, tiny.prompts, **tiny.size)
     backbone = copy.deepcopy(teacher.backbone).requires_grad_()
     torch.manual_seed(0)
     student = DiffusersNetwork(
-        backbone, teacher.family, teacher.formulation, teacher.latents, guided=True, logvar=True
+        backbone, teacher.family, teacher.formulation, latents[:-2], guided=True, logvar=True
     ).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    u = torch.randn(4, *student.shape, generator=generator, dtype=torch.float64).to(dtype)
+    u = torch.randn(4, *family.layout.shape(latents), generator=generator, dtype=torch.float64).to(dtype)
     return student, condition, u, torch.tensor([0.3, 0.7, 1.1, 1.4], dtype=dtype)
 
 
@@ -89,7 +90,7 @@ def test_guidance_starts_at_nothing_and_folds_into_the_backbone(name: str) -> No
             return
         plain = student(u, t, condition, w).F
         teacher = DiffusersNetwork(
-            copy.deepcopy(student.backbone), student.family, student.formulation, student.latents
+            copy.deepcopy(student.backbone), student.family, student.formulation, student.channels
         )
         torch.testing.assert_close(plain, teacher(u, t, condition).F, rtol=0, atol=0)
         for layer in student.guidance_embedding.last:
@@ -102,7 +103,7 @@ def test_guidance_starts_at_nothing_and_folds_into_the_backbone(name: str) -> No
             return
         backbone = copy.deepcopy(student.backbone)
         fold_guidance(backbone, student.guidance_embedding, W)
-        folded = DiffusersNetwork(backbone, student.family, student.formulation, student.latents)
+        folded = DiffusersNetwork(backbone, student.family, student.formulation, student.channels)
         torch.testing.assert_close(folded(u, t, condition).F, guided, rtol=1e-6, atol=1e-7)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Pa
         if hasattr(pipe, key):
             setattr(pipe, key, getattr(tiny.pipe, key))
     assert all(p.is_meta for p in getattr(pipe, family.network).parameters())
-    text = RecordedConditions(pipe, family, tiny.size)
+    size = tiny.size.get("height", 8), tiny.size.get("width", 8)
+    others = {key: value for key, value in tiny.size.items() if key not in ("height", "width")}
+    text = RecordedConditions(pipe, replace(family, always={**family.always, **others}))
     condition, null = family.encode(tiny.pipe, tiny.prompts, **tiny.size)
-    same(text(tiny.prompts), condition)
-    other = text.null_prompt
+    same(text(tiny.prompts, size), condition)
+    other = text.null_prompt(size)
     assert (other is None) == (null is None)
     if other is not None and not family.ragged:  # of which a null prompt has its own length
         assert null is not None

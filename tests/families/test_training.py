@@ -33,7 +33,8 @@ def written(name: str, folder: Path, **train: Any) -> Config:
     (folder / "prompts.txt").write_text("\n".join(tiny.prompts if name == "dit" else ["a red panda", "blue cat"]))
     tree = {
         "out": str(folder / "run"),
-        "teacher": {"path": str(folder / "teacher"), "image_size": tiny.size.get("height", 16 if name == "dit" else 8)},
+        "resolution": tiny.size.get("height", 16 if name == "dit" else 8),
+        "teacher": {"path": str(folder / "teacher")},
         "data": {"prompts": str(folder / "prompts.txt")},
         "method": {
             "guidance": [2.0, 4.0],
@@ -95,7 +96,9 @@ def by_diffusers(folder: Path, prompts: list[str], latents: torch.Tensor) -> Non
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     noise = NoiseSource(3, range(1), latents.shape[1:], CPU)()
-    packed = pipeline.family.layout.pack(noise, pipeline.latents)
+    size = open_source(str(folder)).config.resolution[0]
+    shape = pipeline.codec.shape(*size)
+    packed = pipeline.family.layout.pack(noise, shape)
     packed = torch.stack(packed) if isinstance(packed, list) else packed
     network = getattr(pipe, pipeline.family.network)
     forward, step, found = network.forward, pipe.scheduler.step, []
@@ -115,9 +118,15 @@ def by_diffusers(folder: Path, prompts: list[str], latents: torch.Tensor) -> Non
         return out
 
     network.forward, pipe.scheduler.step = network_on_our_noise, step_from_our_noise
-    few = pipeline.few_steps(1)
+    few = pipeline.few_steps(1, size)
     guidance = {"guidance_scale": 4.0} if pipeline.family.guidance else {}
-    pipe(**pipeline.family.prompts(prompts), **few.arguments, **guidance, **pipeline.size, output_type="np")
+    pipe(
+        **pipeline.family.prompts(prompts),
+        **few.arguments,
+        **guidance,
+        **pipeline.family.sized_call(size),
+        output_type="np",
+    )
     assert len(found) == 1
-    theirs = pipeline.family.layout.unpack(found[0], pipeline.latents)[: len(prompts)].float()
+    theirs = pipeline.family.layout.unpack(found[0], shape)[: len(prompts)].float()
     torch.testing.assert_close(theirs, latents, rtol=1e-3, atol=1e-3)

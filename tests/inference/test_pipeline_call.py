@@ -14,6 +14,7 @@ from tiny import tiny_config
 
 from tbcm.build import build_student, build_teacher
 from tbcm.config import Config
+from tbcm.config.resolution import Size
 from tbcm.inference.pipeline_call import call_of
 from tbcm.inference.student import Source, write_pipeline
 
@@ -32,7 +33,7 @@ def autoencoder(blocks: int) -> AutoencoderDC:
     )
 
 
-def exported(tmp_path: Path, *, sample_size: int, blocks: int, image_size: int, dtype: torch.dtype) -> Config:
+def exported(tmp_path: Path, *, sample_size: int, blocks: int, image_size: Size, dtype: torch.dtype) -> Config:
     """Of a student that was trained at `image_size`, in tmp_path/out."""
     teacher = SanaPipeline(
         tokenizer=None,
@@ -43,7 +44,7 @@ def exported(tmp_path: Path, *, sample_size: int, blocks: int, image_size: int, 
     )
     teacher.save_pretrained(tmp_path / "teacher")
     config = tiny_config(
-        tmp_path / "run", teacher={"path": str(tmp_path / "teacher"), "null_mask": "own", "image_size": image_size}
+        tmp_path / "run", resolution=list(image_size), teacher={"path": str(tmp_path / "teacher"), "null_mask": "own"}
     )
     student = build_student(config, build_teacher(config, CPU))
     write_pipeline(student, Source(str(tmp_path / "run"), config, is_run=True), tmp_path / "out", dtype)
@@ -58,14 +59,14 @@ def image_of(code: str) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("sample_size", "blocks", "image_size"),
-    [(8, 6, 256), (16, 6, 512), (32, 6, 1024), (32, 6, 512), (8, 4, 64), (16, 4, 128), (32, 4, 256)],
+    [(8, 6, (256, 256)), (32, 6, (512, 1024)), (8, 4, (64, 64)), (16, 4, (128, 96)), (32, 4, (256, 256))],
 )
 def test_the_printed_call_gives_the_students_size(
-    tmp_path: Path, sample_size: int, blocks: int, image_size: int
+    tmp_path: Path, sample_size: int, blocks: int, image_size: Size
 ) -> None:
     config = exported(tmp_path, sample_size=sample_size, blocks=blocks, image_size=image_size, dtype=torch.float32)
     code = call_of(config, str(tmp_path / "out"), torch.float32)
-    assert image_of(code).size == (image_size, image_size)
+    assert image_of(code).size == image_size[::-1]
     assert code in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -79,7 +80,7 @@ def test_the_call_has_the_students_type_guidance_and_text_length(tmp_path: Path)
 
 
 def test_a_size_that_the_pipeline_cannot_make_is_said(tmp_path: Path) -> None:
-    code = call_of(tiny_config(tmp_path, teacher={"path": "x", "image_size": 40}), "out", torch.float32)
-    assert "multiples of 32, not 40 px" in code
+    code = call_of(tiny_config(tmp_path, resolution=40), "out", torch.float32)
+    assert "multiples of 32, not of 40 x 40 px" in code
     assert "python -m tbcm.sample out" in code
     compile(code, "call", "exec")

@@ -25,12 +25,13 @@ def losses(device: torch.device, steps: int) -> list[Tensor]:
     tangent of rounding errors alone, which an optimiser blows up to any size."""
     config = arms.config("tiny", "dual", "tbcm", samples=2, points=3, device=CPU)
     sections = {
-        "teacher": {"precision": "fp32", "image_size": 64 if device.type == "cuda" else 16},
+        "teacher": {"precision": "fp32"},
         "student": {"precision": "fp32", "checkpointing": "none"},
         "method": {"r": config.method.r.model_copy(update={"warmup_steps": 0, "cooldown_start": None, "final": 1.0})},
     }
     update = {name: getattr(config, name).model_copy(update=changes) for name, changes in sections.items()}
-    config = config.model_copy(update=update)
+    side = 64 if device.type == "cuda" else 16
+    config = config.model_copy(update=update | {"resolution": ((side, side),)})
     torch.manual_seed(0)
     trainer = Trainer(config, device, random_parts(config, device))
     found: list[Tensor] = []

@@ -15,7 +15,7 @@ from tiny import write_teacher
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
 from tbcm.errors import UserError
-from tbcm.models.loading import black_latent
+from tbcm.models.loading import black_latents
 from tbcm.models.pipeline import Pipeline
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ USES: dict[str, Callable[[Pipeline], Any]] = {
     "text_encoder/model.safetensors": lambda pipeline: pipeline.load_text_encoder(torch.float32),
     "tokenizer/tokenizer.json": lambda pipeline: pipeline.load_text_encoder(torch.float32),
     "tokenizer/tokenizer_config.json": lambda pipeline: pipeline.load_text_encoder(torch.float32),
-    "black_latent.safetensors": lambda pipeline: black_latent(pipeline, 64, Path("unused"), CPU),
+    "black_latent.safetensors": lambda pipeline: black_latents(pipeline, [(64, 64)], Path("unused"), CPU),
 }
 """What the package does with each file of a folder."""
 

@@ -125,7 +125,7 @@ def test_a_text_encoder_of_another_kind_is_refused(folder: Path) -> None:
 
 def test_a_text_encoder_of_another_width_is_refused_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
-    teacher = {"path": str(folder), "null_mask": "own", "image_size": 64}
+    teacher = {"path": str(folder), "null_mask": "own"}
     config = tiny_config(tmp_path / "run", teacher=teacher, text={"encoder": "gemma2"})
     with pytest.raises(UserError, match=r"states of width 16, and the teacher .* takes in caption_channels = 384"):
         build_text(config, CPU)

@@ -19,12 +19,15 @@ from torch import Tensor
 
 from tbcm.build import Parts
 from tbcm.config.methods import Scm, Times
+from tbcm.config.resolution import Size
 from tbcm.errors import UserError
 from tbcm.models.pipeline import Pipeline
 from tbcm.runtime import distributed
 from tbcm.samples.noised import NoisedLatents, VaeLatents
 from tbcm.samples.rollouts import Batch, GuidedTeacher, draw
 from tbcm.training.trainer import Trainer
+
+SIZE = 64, 64
 
 CPU = torch.device("cpu")
 SIGMA, T_MAX, PER_STEP = 0.5, math.pi / 2, 4
@@ -41,7 +44,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def images(self, indices: Sequence[int], size: Size) -> Tensor:
         self.asked += indices
         return torch.stack([picture(self.captions[i]) for i in indices])
 
@@ -62,14 +65,14 @@ VAE = tiny_vae().eval().requires_grad_(False)
 
 def make(parts: Parts, **options: Any) -> NoisedLatents:
     arguments = {
-        "shape": parts.black.shape,
+        "shapes": {SIZE: parts.black[SIZE].shape},
         "device": CPU,
         "method": Scm(guidance=[2.0, 3.0]),
         "t_max": T_MAX,
         "seed": 0,
         "prompts_per_step": PER_STEP,
     }
-    teacher = GuidedTeacher(parts.teacher, parts.text, nullcontext)
+    teacher = GuidedTeacher(parts.teacher, parts.text, nullcontext, [SIZE])
     return NoisedLatents(teacher, parts.text, VaeLatents(FILES, VAE, Images(), CPU), **{**arguments, **options})
 
 
@@ -92,7 +95,7 @@ def test_a_batch_is_noised_latents_with_the_guided_teachers_velocity(parts: Part
     path, n = batch.trajectory, PER_STEP
     assert path.x.shape == path.dxdt.shape == (n, 1, 4, 8, 8) and path.t.shape == (n, 1)
     assert batch.keep.tolist() == [True] * n
-    states = torch.stack([parts.text([c]).tensors["embeds"][0] for c in PROMPTS])  # which captions are these?
+    states = torch.stack([parts.text([c], SIZE).tensors["embeds"][0] for c in PROMPTS])  # which captions are these?
     captions = [PROMPTS[int((states == e).flatten(1).all(1).nonzero())] for e in batch.condition.tensors["embeds"]]
     assert len(set(captions)) == n
     xbar0 = torch.cat([FILES.encode(VAE, picture(c)[None]) for c in captions])  # in scaled latent units
@@ -102,7 +105,7 @@ def test_a_batch_is_noised_latents_with_the_guided_teachers_velocity(parts: Part
     z = (x - t.cos() * path.x0) / t.sin()
     noise = draw(0, 3, n, (4, 8, 8), [2.0, 3.0], lambda _: torch.empty(0), CPU).noise
     torch.testing.assert_close(z, SIGMA * noise, rtol=1e-3, atol=1e-3)
-    null = parts.text.null_prompt.expand(n)
+    null = parts.text.null_prompt(SIZE).expand(n)
     cond, uncond = (parts.teacher(x / SIGMA, path.t[:, 0], c).F for c in (batch.condition, null))
     w = path.guidance[:, None, None, None]
     torch.testing.assert_close(path.dxdt[:, 0], SIGMA * (uncond + w * (cond - uncond)), rtol=1e-4, atol=1e-5)

@@ -185,7 +185,7 @@ def test_a_preview_that_fails_is_a_warning(
 
     monkeypatch.setattr(Pipeline, "load_vae", fail)
     monkeypatch.setattr(Pipeline, "index", {"_class_name": "SanaPipeline"})
-    monkeypatch.setattr(Pipeline, "config", lambda self, part: {"in_channels": 4})
+    monkeypatch.setattr(Pipeline, "config", lambda self, part: {"in_channels": 4, "patch_size": 1})
     monkeypatch.setattr(Pipeline, "compression", 8)
     monkeypatch.setattr(Pipeline, "sampling_shift", 1.0)
     trainer = make(tmp_path, log={"preview_every": 2})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tbcm.config.resolution import Size
 from tbcm.method.formulation import Diffusion, Edm, Flow, Formulation
 from tbcm.method.types import Condition
 from tbcm.models.families.layout import Image, Layout
@@ -20,12 +21,10 @@ LENGTH = "#length"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a pipeline's files say, without its weights: the network's configuration, the scheduler (an object), and the
-    number of tokens that its schedule may depend on."""
+    """What a pipeline's files say, without its weights: the network's configuration and the scheduler (an object)."""
 
     network: Mapping[str, Any]
     scheduler: Any
-    tokens: int = 0
 
 
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -85,6 +84,7 @@ class Family:
         prompts: a list of prompts as arguments of the pipeline.
         guided: what else makes it run both branches; `unguided`: what makes it run one.
         sized: whether its call takes a height and a width; `always`: what else it is to be told.
+        most_tokens: of its network's configuration, for how many tokens along a side there are positions (None: any).
         example: a prompt that any of its pipelines takes.
         times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
             the number of steps, "terminal" the same from noise to where its scheduler is told to end.
@@ -109,7 +109,18 @@ class Family:
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
     sized: bool = True
     always: Mapping[str, Any] = field(default_factory=dict)
+    most_tokens: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     example: str = "a red panda"
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """Latents that make a token, along one side, of a network with this configuration."""
+        patch = config.get("patch_size") or config.get("all_patch_size") or 1
+        return max(patch if isinstance(patch, int) else patch[-1], self.layout.patch)
+
+    def sized_call(self, size: Size) -> dict[str, Any]:
+        """Arguments of the pipeline's call for images of this size."""
+        sides = {"height": size[0], "width": size[1]} if self.sized else {}
+        return {**sides, **self.always}
 
     def encode(self, pipe: Any, prompts: Sequence[str], **size: Any) -> tuple[Condition, Condition | None]:
         """The condition of P prompts, and that of the unconditional branch (P too; None where there is none), as the

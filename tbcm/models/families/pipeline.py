@@ -10,6 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Formulation
 from tbcm.models.families.codec import Codec, Pixels, codec_of
@@ -18,19 +19,21 @@ from tbcm.models.families.family import Facts, Family
 from tbcm.models.families.rows import family_of
 from tbcm.models.families.text import RecordedConditions, encoders_of
 from tbcm.models.network import DiffusersNetwork
-from tbcm.models.pipeline import Pipeline
+from tbcm.models.pipeline import Pipeline, check_multiple
+
+DEFAULT_SIZE = 1024
+"""Pixels, of a network that says nothing of it."""
 
 
 @dataclass(frozen=True)
 class FamilyPipeline:
-    """Of a pipeline class that has a row in `tbcm.models.families.rows`, for square images of `image_size` pixels.
+    """Of a pipeline class that has a row in `tbcm.models.families.rows`, for images of any size that it makes.
 
     Raises (from every property and method):
-        UserError: files that are missing or malformed, a class without a row, a size that the network cannot make.
+        UserError: files that are missing or malformed, a class without a row.
     """
 
     files: Pipeline
-    image_size: int
 
     @property
     def path(self) -> str:
@@ -70,10 +73,9 @@ class FamilyPipeline:
 
     @cached_property
     def formulation(self) -> Formulation:
-        patch = self.network_config.get("patch_size", 1)
-        side = self.image_size // (self._factor * (patch if isinstance(patch, int) else patch[-1]))
+        """Of any size: `at` gives that of one."""
         try:
-            return self.family.formulation(Facts(self.network_config, self.scheduler, side * side))
+            return self.family.formulation(Facts(self.network_config, self.scheduler))
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from None
 
@@ -94,47 +96,59 @@ class FamilyPipeline:
         return codec_of(self.index["vae"][1], self._config("vae")).compression
 
     @property
-    def latents(self) -> tuple[int, ...]:
-        """Shape of one sample's latents, as its codec has them."""
-        if self.image_size % self.compression:
-            raise UserError(
-                f"teacher.image_size = {self.image_size}: should be a multiple of {self.compression}, its VAE's factor"
-            )
-        return self.codec.shape(self.image_size, self.image_size)
+    def channels(self) -> tuple[int, ...]:
+        """Shape of one sample's latents as its codec has them, without height and width."""
+        return self.codec.shape(0, 0)[:-2]
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(C, H, W) of what is trained on."""
-        assert image_size == self.image_size
-        return self.family.layout.shape(self.latents)
+        return self.family.layout.shape(self.codec.shape(*size))
+
+    def check_size(self, size: Size) -> None:
+        """Raises UserError where the network makes no images of it."""
+        check_multiple(size, self._token)
+        rows, columns = size[0] // self._token, size[1] // self._token
+        if not self.family.sized and size != (self.trained_size,) * 2:
+            raise UserError(
+                f"resolution = {shown_size(size)}: {self.family.pipeline} makes images of one size only:"
+                f" set resolution={self.trained_size}"
+            )
+        most = self.family.most_tokens(self.network_config)
+        if most is not None and max(rows, columns) > most:
+            raise UserError(
+                f"resolution = {shown_size(size)}: this teacher has positions for sides of up to {most * self._token}"
+            )
 
     @property
-    def size(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call."""
-        sides = {"height": self.image_size, "width": self.image_size} if self.family.sized else {}
-        return {**sides, **self.family.always}
+    def _token(self) -> int:
+        """Pixels of a token, along one side."""
+        return self.compression * self.family.patch(self.network_config)
+
+    def _formulation_at(self, size: Size) -> Formulation:
+        return self.formulation.at((size[0] // self._token) * (size[1] // self._token))
 
     @property
     def trained_size(self) -> int:
         """Pixels, both ways, as far as the network's configuration tells."""
         side = self.network_config.get("sample_size")
-        return int(side) * self._factor if isinstance(side, int) else self.image_size
+        return int(side) * self._factor if isinstance(side, int) else DEFAULT_SIZE
 
     @property
     def scaling_factor(self) -> float:
         """Of the autoencoder's configuration, 1 without one."""
         return float(self.codec.config.get("scaling_factor") or 1.0)
 
-    def few_steps(self, steps: int) -> FewSteps:
+    def few_steps(self, steps: int, size: Size) -> FewSteps:
         """How plain diffusers runs its student."""
-        return few_steps(self.family, self.formulation, self.scheduler, steps)
+        return few_steps(self.family, self._formulation_at(size), self.scheduler, steps)
 
-    def teacher_times(self, steps: int) -> Tensor:
-        return self.formulation.schedule(steps)
+    def teacher_times(self, steps: int, size: Size) -> Tensor:
+        return self._formulation_at(size).schedule(steps)
 
-    def student_times(self, steps: int) -> list[float]:
+    def student_times(self, steps: int, size: Size) -> list[float]:
         """Those at which an exported student is run, so that both give the same images."""
         try:
-            return self.few_steps(steps).times
+            return self.few_steps(steps, size).times
         except UserError:  # cannot be exported: an even grid
             return [self.t_max * (1 - i / steps) for i in range(steps)]
 
@@ -148,7 +162,7 @@ class FamilyPipeline:
     def load_teacher(self, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> DiffusersNetwork:
         """Frozen, with weights in `dtype`."""
         net = DiffusersNetwork(
-            self.load_network(dtype, device), self.family, self.formulation, self.latents, compiled=compiled
+            self.load_network(dtype, device), self.family, self.formulation, self.channels, compiled=compiled
         )
         net.eval().requires_grad_(False)
         return net
@@ -166,7 +180,7 @@ class FamilyPipeline:
             pipe = encoders_of(self.location, self.index, self.family, dtype, device, **options)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: its text encoders cannot be loaded ({first_line(error)})") from None
-        return RecordedConditions(pipe, self.family, self.size)
+        return RecordedConditions(pipe, self.family)
 
     def encode(self, vae: Any, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
@@ -200,7 +214,7 @@ SANA = "SanaPipeline", "SanaSprintPipeline"
 """Pipeline classes with a network of their own here, faster than the general one."""
 
 
-def open_pipeline(files: Pipeline, image_size: int) -> Pipeline | FamilyPipeline:
+def open_pipeline(files: Pipeline) -> Pipeline | FamilyPipeline:
     """What is at a path: Sana's, or that of another family."""
     name = files.index.get("_class_name")
-    return files if name in SANA else FamilyPipeline(files, image_size)
+    return files if name in SANA else FamilyPipeline(files)

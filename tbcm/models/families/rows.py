@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tbcm.errors import UserError
@@ -22,8 +23,7 @@ def _data_to_noise(facts: Facts) -> Flow:
 def _cogview4_time(facts: Facts) -> Flow:
     """Alone in giving its network the time before the shift, which depends on the number of tokens."""
     c = facts.scheduler.config
-    shift = (facts.tokens / c.base_image_seq_len) ** 0.5 * c.max_shift + c.base_shift
-    return flow(facts, shift=shift, sampling_shift=shift)
+    return flow(facts, shift_of=lambda tokens: (tokens / c.base_image_seq_len) ** 0.5 * c.max_shift + c.base_shift)
 
 
 def _labels(prompts: Any) -> dict[str, Any]:
@@ -32,6 +32,11 @@ def _labels(prompts: Any) -> dict[str, Any]:
         return {"class_labels": [int(prompt) for prompt in prompts]}
     except ValueError as error:
         raise UserError(f"prompts of a class-conditional teacher are numbers of classes: {error}") from None
+
+
+def _rotary(config: Any) -> int:
+    """Of tables for the text's, the rows' and the columns' places."""
+    return int(min(config["axes_lens"][1:]))
 
 
 _UNET: dict[str, Any] = {"network": "unet", "sample": "sample", "formulation": diffusion}
@@ -57,11 +62,15 @@ ROWS = (
     ),
     Family("PixArtAlphaPipeline", formulation=diffusion, always=_NO_BINS),
     Family("PixArtSigmaPipeline", formulation=diffusion, always=_NO_BINS),
-    Family("StableDiffusion3Pipeline"),
+    Family("StableDiffusion3Pipeline", most_tokens=lambda config: config["pos_embed_max_size"]),
     Family("SanaPipeline", formulation=_sana_time, always=_NO_BINS),
-    Family("WanPipeline", layout=Video(), times="terminal"),
+    Family("WanPipeline", layout=Video(), times="terminal", most_tokens=lambda config: config["rope_max_seq_len"]),
     Family("CogView4Pipeline", formulation=_cogview4_time, ragged=("encoder_hidden_states",), times="timesteps"),
-    Family("AuraFlowPipeline", formulation=unit_flow),
+    Family(
+        "AuraFlowPipeline",
+        formulation=unit_flow,
+        most_tokens=lambda config: math.isqrt(config["pos_embed_max_size"]),
+    ),
     Family(
         "FluxPipeline",
         formulation=unit_flow,
@@ -81,7 +90,7 @@ ROWS = (
         guided=lambda count: {"negative_prompt": [" "] * count, "true_cfg_scale": 4.0},
         unguided={"true_cfg_scale": 1.0},
     ),
-    Family("Lumina2Pipeline", formulation=_data_to_noise, combine=renormed),
+    Family("Lumina2Pipeline", formulation=_data_to_noise, combine=renormed, most_tokens=_rotary),
     Family(
         "ZImagePipeline",
         formulation=_data_to_noise,
@@ -93,6 +102,7 @@ ROWS = (
         combine=from_given,
         null_first=False,
         unguided={"guidance_scale": 0.0},
+        most_tokens=_rotary,
     ),
 )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 
+from tbcm.config.resolution import Size
 from tbcm.method.types import Condition
 from tbcm.models.families.family import Family
 from tbcm.models.families.recording import execution_on
@@ -23,26 +23,24 @@ class RecordedConditions:
 
     Args:
         pipe: the pipeline, as `encoders_of` loads it.
-        size: the arguments of its call that say how large images are, such as height and width.
     """
 
     null_mask = "own"
 
-    def __init__(self, pipe: Any, family: Family, size: Mapping[str, Any]) -> None:
-        self.pipe, self.family, self.size = pipe, family, dict(size)
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe, self.family = pipe, family
 
     @property
     def modules(self) -> list[nn.Module]:
         parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         return [part for part in parts if not any(p.is_meta for p in part.parameters())]
 
-    def __call__(self, prompts: Sequence[str]) -> Condition:
-        return self.family.encode(self.pipe, list(prompts), **self.size)[0]
+    def __call__(self, prompts: Sequence[str], size: Size) -> Condition:
+        return self.family.encode(self.pipe, list(prompts), **self.family.sized_call(size))[0]
 
-    @cached_property
-    def null_prompt(self) -> Condition | None:
+    def null_prompt(self, size: Size) -> Condition | None:
         """Of the unconditional branch, for one prompt; None for a network without one."""
-        return self.family.encode(self.pipe, [self.family.example], **self.size)[1]
+        return self.family.encode(self.pipe, [self.family.example], **self.family.sized_call(size))[1]
 
 
 def encoders_of(

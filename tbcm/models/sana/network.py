@@ -22,8 +22,8 @@ from tbcm.method.rollout import Velocity, guided
 from tbcm.method.trigflow import T_MAX, flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.differentiation.checkpointing import full_checkpoint, selective_checkpoint
+from tbcm.models.differentiation.compiling import compiled as compile_whole
 from tbcm.models.differentiation.dual import activations_dtype, dual, tangent_rule
-from tbcm.models.differentiation.fold import fold_options
 from tbcm.models.differentiation.tangent import push
 from tbcm.models.sana.block import KeysValues, SanaBlock, plain_norm
 
@@ -53,7 +53,7 @@ class SanaTrigFlow(nn.Module):
         derivative: dual computes it by hand-written rules; jvp by torch.func.jvp, the general and slower way.
         checkpointing: what of a block is recomputed in backward, never its tangent: none; selective, all but matrix
             products (dual only); full, the whole block.
-        compiled: torch.compile per block: a graph per kind of call, whatever the depth.
+        compiled: torch.compile per block: a graph per kind of call and size of images, whatever the depth.
         text_once: a prompt's keys and values are projected once for all its samples; False: for each of them.
     """
 
@@ -86,11 +86,7 @@ class SanaTrigFlow(nn.Module):
             nn.init.zeros_(self.logvar_head.bias)
         self._block: Callable[..., Dual] = _run_block_by_jvp if derivative == "jvp" else _run_block
         if compiled:
-            # Teacher and student, training and previews, full and last batches: all are graphs of the same function.
-            torch._dynamo.config.optimize_ddp = False  # would cut blocks where DDP's buckets end
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            options = fold_options() if derivative == "jvp" else None
-            self._block = torch.compile(self._block, fullgraph=True, dynamic=False, options=options)
+            self._block = compile_whole(self._block, fold=derivative == "jvp")
 
     @property
     def t_max(self) -> float:

@@ -45,7 +45,7 @@ class Consistency(ABC):
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         self.config, self.settings = config, config.method
-        teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device))
+        teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device), config.resolution)
         source = self.make_source(teacher, device, parts)
         self.source = Overlapped(source, device) if config.train.overlap_rollout else source
         r = self.settings.r

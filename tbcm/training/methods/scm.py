@@ -19,7 +19,7 @@ class Scm(Consistency):
             teacher,
             parts.text,
             parts.latents,
-            shape=parts.black.shape,
+            shapes={size: black.shape for size, black in parts.black.items()},
             device=device,
             method=settings,
             t_max=parts.teacher.t_max,
