@@ -76,10 +76,16 @@ def _merged(below: dict[str, Any], above: dict[str, Any], model: Any) -> dict[st
         sections = sections_of(annotation)
         if not sections or not all(isinstance(part, dict) for part in pair):
             continue
-        if len(sections) > 1 and pair[1].get("name", pair[0].get("name")) != pair[0].get("name"):
+        if len(sections) > 1 and len({part.get("name", _default_name(model, key)) for part in pair}) > 1:
             continue
         merged[key] = _merged(*pair, annotation)
     return merged
+
+
+def _default_name(model: Any, key: str) -> Any:
+    """Of the one of several sections that a field holds where nothing is said."""
+    fields = [section.model_fields[key] for section in sections_of(model) if key in section.model_fields]
+    return getattr(fields[0].default, "name", None)
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.files import atomic_folder
+from tbcm.runtime.trained import TrainedWeights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
@@ -93,7 +94,7 @@ def load_student(
     weights, or the last ones); of a pipeline, its own."""
     dtype = dtype or student_weights(source.config, device)
     if source.is_run:
-        return _student_of_run(source, device, average).to(dtype)
+        return student_of_run(source, device, average=average).to(dtype)
     pipeline = source.pipeline
     name = pipeline.index.get("_class_name")
     if isinstance(pipeline, FamilyPipeline) and (Path(source.path) / PIPELINE_CONFIG).is_file():
@@ -106,17 +107,25 @@ def load_student(
     return net
 
 
-def _student_of_run(source: Source, device: torch.device, average: bool) -> AnyNetwork:
+def student_of_run(source: Source, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
+    """The frozen student of a run's newest checkpoint, in fp32; `merged`: with its adapters, if any, in its weights."""
     from tbcm.build import build_teacher
 
-    student = build_student(source.config, build_teacher(source.config, device))
+    lora = source.config.student.lora
+    # Adapters are added to weights in full precision.
+    teacher = build_teacher(source.config, device, torch.float32 if lora else None)
+    student = build_student(source.config, teacher)
     if average:
         ema = EMA(student)
         checkpoint.load(source.path, {"ema": ema})
         ema.copy_to(student)
     else:
-        checkpoint.load(source.path, {"student": student})
+        checkpoint.load(source.path, {"student": TrainedWeights(student)})
     freeze(student)
+    if lora and merged:
+        from tbcm.models.lora import merge
+
+        merge(student)
     return student
 
 
