@@ -22,7 +22,6 @@ from yaml.constructor import BaseConstructor, ConstructorError
 from tbcm.config.paths import user_path
 from tbcm.errors import UserError, shown
 
-
 EXTENDS = "extends"
 
 

@@ -27,6 +27,8 @@ from tbcm.runtime.trained import TrainedWeights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""diffusers' name."""
 DEFAULT_SIZE = 1024
 """Pixels, of a network that says nothing of it."""
 
@@ -56,6 +58,8 @@ def open_source(path: str) -> Source:
     if (folder / RUN_CONFIG).is_file():
         config = load_config(folder / RUN_CONFIG)
         return Source(path, config.model_copy(update={"out": path}), is_run=True)  # it may have been moved
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{path}: an adapter alone; load it with diffusers as its README.md says, or sample its run")
     if (folder / PIPELINE_CONFIG).is_file():
         config = load_config(folder / PIPELINE_CONFIG)
         # The folder has everything: what its configuration calls the teacher's is here.
@@ -65,6 +69,14 @@ def open_source(path: str) -> Source:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path}: neither a run ({RUN_CONFIG}) nor a pipeline (model_index.json)")
     return Source(path, _config_of_pipeline(path), is_run=False)
+
+
+def open_run(path: str) -> Source:
+    """Raises UserError where `path` is no run."""
+    source = open_source(path)
+    if not source.is_run:
+        raise UserError(f"{path}: not a run (it has no {RUN_CONFIG})")
+    return source
 
 
 def _config_of_pipeline(path: str) -> Config:
@@ -135,9 +147,7 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     Raises:
         UserError: not a run, no checkpoint, or a teacher whose time SanaSprintPipeline cannot express.
     """
-    source = open_source(run)
-    if not source.is_run:
-        raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
+    source = open_run(run)
     if isinstance(source.pipeline, Pipeline):
         check_exportable(source, source.pipeline)
     student = load_student(source, torch.device("cpu"), torch.float32, average=average)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,24 @@ def merge(net: nn.Module) -> None:
 def factors(layer: Any) -> tuple[Tensor, Tensor]:
     """A and (alpha / rank) B."""
     return layer.lora_A[_NAME].weight, layer.scaling[_NAME] * layer.lora_B[_NAME].weight
+
+
+def state_of(backbone: nn.Module, shifts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters as diffusers loads them, with alpha / rank in B so that they count once for every reader. `shifts`
+    [width] are constants behind layers, by name: adapters' biases, of which then all have one."""
+    layers = adapted(backbone)
+    state = {}
+    for name in dict.fromkeys((*layers, *shifts)):
+        layer = backbone.get_submodule(name)
+        if name in layers:
+            a, b = factors(layer)
+        else:
+            rank = next(iter(layers.values())).r[_NAME]
+            a, b = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank)
+        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        if shifts:
+            state[f"{name}.lora_B.bias"] = shifts.get(name, torch.zeros(len(b)))
+    return {name: value.detach().contiguous() for name, value in state.items()}
 
 
 def _takes_adapter(layer: nn.Module) -> bool:
