@@ -59,22 +59,22 @@ def adapter_pipeline(source: Source) -> FamilyPipeline:
         return pipeline
     if name != "SanaPipeline" or pipeline.config("transformer")["guidance_embeds"]:
         raise UserError(
-            f"{source.path}: a teacher that embeds guidance in a {name} takes no adapter here yet: {advice}"
+            f"{source.path}: a teacher that embeds guidance in a {name} cannot have one written yet: {advice}"
         )
     family = FamilyPipeline(pipeline, source.config.teacher.image_size)
     own = float(getattr(family.formulation, "scale", 1.0))
     if abs(own - pipeline.timestep_scale) > 1e-6 * own:
         raise UserError(
-            f"{source.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives the"
-            f" network ({own:g}): {advice}"
+            f"{source.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives"
+            f" the network ({own:g}): {advice}"
         )
     return family
 
 
 @torch.no_grad()
 def guidance_shifts(student: AnyNetwork, guidance: float) -> dict[str, Tensor]:
-    """What the student's embedding of a guidance scale adds behind layers of the backbone, by their names; nothing where
-    it is the teacher's own."""
+    """What the student's embedding of a guidance scale adds behind layers of the backbone, by their names; nothing
+    where it is the teacher's own."""
     backbone = student.backbone
     w = torch.full((1,), guidance, device=next(backbone.parameters()).device)
     if isinstance(student, DiffusersNetwork):

@@ -143,9 +143,9 @@ In four steps:
 ```python
 {adapter_call(pipeline, config, folder, dtype, 4)}```
 
-Where its layers have biases (`lora_B.bias`), those are part of it: a program that leaves them out makes other images, and
-`pipe.fuse_lora()` refuses them where the network's own layers have none. `python -m tbcm.export` without `--adapter`
-writes a whole pipeline instead.
+Where its layers have biases (`lora_B.bias`), those are part of it: a program that leaves them out makes other images,
+and `pipe.fuse_lora()` refuses them where the network's own layers have none. `python -m tbcm.export` without
+`--adapter` writes a whole pipeline instead.
 """
 
 

@@ -1,13 +1,13 @@
 """LoRA students: low-rank adapters of peft on a backbone whose weights are the teacher's own.
 
-How teacher and student share one backbone in memory: the student's modules are a second tree over the *same* parameters
-(`tied`), and peft puts its adapters into that tree alone. So the teacher is the network without them, always: nothing is
-switched, and what depends on a module's class or hooks stays apart - compiled and captured graphs, checkpointing, and
-the hooks of FSDP and DDP. What is shared is frozen, and kept as the teacher keeps it (half precision, perhaps); adapters
-and what is new beside them (guidance embedding, log-variance head) are fp32. FSDP shards what is trained and leaves the
-rest whole, as the teacher needs it (`tbcm.runtime.parallel`). An fp8 teacher has, of its large layers, copies in fp8
-beside the shared weights. Optimiser, EMA and checkpoints know the trained weights only; to sample or to export, the
-adapters are added to the weights (`merge`), and the network is one like any other.
+How teacher and student share one backbone in memory: the student's modules are a second tree over the *same*
+parameters (`tied`), and peft puts its adapters into that tree alone. So the teacher is the network without them,
+always: nothing is switched, and what depends on a module's class or hooks stays apart - compiled and captured graphs,
+checkpointing, and the hooks of FSDP and DDP. What is shared is frozen, and kept as the teacher keeps it (half
+precision, perhaps); adapters and what is new beside them (guidance embedding, log-variance head) are fp32. FSDP shards
+what is trained and leaves the rest whole, as the teacher needs it (`tbcm.runtime.parallel`). An fp8 teacher has, of its
+large layers, copies in fp8 beside the shared weights. Optimiser, EMA and checkpoints know the trained weights only; to
+sample or to export, the adapters are added to the weights (`merge`), and the network is one like any other.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ SHARDED = "student", "gradients", "optimizer", "average"
 
 
 def holdings(trainer: Trainer) -> dict[str, int]:
-    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student but for what it shares with the teacher,
-    and of what belongs to its trained weights; of a discriminator with its gradient and its optimiser's two moments."""
+    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student but for what it shares with the
+    teacher, and of what belongs to its trained weights; of a discriminator with its gradient and its optimiser's two
+    moments."""
     state = trainer.optimizer.state_dict()["state"].values()
     shared = {id(tensor) for tensor in tensors(trainer.teacher)}
     return {
