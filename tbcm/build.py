@@ -26,7 +26,14 @@ from tbcm.method.types import Condition
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.identity import model_identity
-from tbcm.models.loading import AnyPipeline, black_latents, general_student, load_teacher, student_from_teacher
+from tbcm.models.loading import (
+    AnyPipeline,
+    black_latents,
+    general_student,
+    load_teacher,
+    lora_student_from_teacher,
+    student_from_teacher,
+)
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
@@ -137,9 +144,10 @@ def build_parts(config: Config, device: torch.device) -> Parts:
     cached = build_cached_text(config, prompts, device) if config.text.cache else None
     if config.method.from_images:
         latents, vae = build_latents(config, device)
-    teacher = build_teacher(config, device, torch.float32)
-    student = build_student(config, teacher)  # from the teacher's full precision, before its weights are rounded
-    teacher.to(teacher_weights(config, device))
+    kept = teacher_weights(config, device)
+    teacher = build_teacher(config, device, kept if config.student.lora else torch.float32)
+    student = build_student(config, teacher)  # from full precision, before weights are rounded, unless it shares them
+    teacher.to(kept)
     black = build_black_latents(config, device)
     text = cached or build_text(config, device)
     if config.teacher.fp8:
@@ -289,24 +297,33 @@ def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | Non
 
 def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:
     """A student equal to the conditional teacher. Its new layers' random part depends on the seed alone."""
-    device = next(teacher.parameters()).device
+    device, student = next(teacher.parameters()).device, config.student
+    if student.lora:
+        check_shared_precision(config, next(teacher.parameters()).dtype, device)
+    options: dict[str, Any] = {
+        "tangent": student.tangent,
+        "checkpointing": student.checkpointing,
+        "compiled": switch(student.compile, device),
+        "guidance_embeds_scale": student.guidance_embeds_scale,
+    }
     with seeded(device, config.train.seed, "student"):
         if isinstance(teacher, DiffusersNetwork):
-            return general_student(
-                teacher,
-                tangent=config.student.tangent,
-                checkpointing=config.student.checkpointing,
-                compiled=switch(config.student.compile, device),
-                guidance_embeds_scale=config.student.guidance_embeds_scale,
+            return general_student(teacher, lora=student.lora, **options)
+        options |= {"derivative": student.derivative, "text_once": config.text.once}
+        if student.lora:
+            return lora_student_from_teacher(teacher, student.lora, **options)
+        return student_from_teacher(teacher, **options)
+
+
+def check_shared_precision(config: Config, weights: torch.dtype, device: torch.device) -> None:
+    """Raises UserError where the weights that a LoRA student shares have less precision than it computes in."""
+    wanted = dtype_of(config.student.precision, device)
+    if weights not in (torch.float32, wanted):
+        raise UserError(
+            f"student.lora shares the teacher's weights, which are kept in {weights}, and the student computes in"
+            f" {wanted}: give both the same precision, or keep them in fp32 (teacher.half_weights=false)".replace(
+                "torch.", ""
             )
-        return student_from_teacher(
-            teacher,
-            tangent=config.student.tangent,
-            derivative=config.student.derivative,
-            checkpointing=config.student.checkpointing,
-            compiled=switch(config.student.compile, device),
-            text_once=config.text.once,
-            guidance_embeds_scale=config.student.guidance_embeds_scale,
         )
 
 

@@ -30,16 +30,26 @@ def main() -> None:
     parser.add_argument("out", type=path_argument, help="the folder to write")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
     parser.add_argument("--weights", choices=["ema", "last"], default="ema", help="averaged or last weights")
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: the adapter alone, for the teacher's own pipeline"
+    )
     arguments = parser.parse_args()
-    from tbcm.inference.pipeline_call import how_to_call
+    from tbcm.inference.adapter import adapter_pipeline, export_adapter
+    from tbcm.inference.pipeline_call import adapter_call, how_to_call
     from tbcm.inference.student import export, open_source
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     out: Path = arguments.out
     if os.path.lexists(out):  # a link that leads nowhere, too
         raise UserError(f"{out} exists already: choose another folder or remove it")
-    export(str(arguments.run), out, dtype=dtype, average=arguments.weights == "ema")
-    print(f"wrote {out}; with plain diffusers:\n\n{how_to_call(open_source(str(out)), dtype)}", end="")
+    run, average = str(arguments.run), arguments.weights == "ema"
+    if arguments.adapter:
+        source = export_adapter(run, out, dtype=dtype, average=average)
+        call = adapter_call(adapter_pipeline(source), source.config, str(out), dtype)
+    else:
+        export(run, out, dtype=dtype, average=average)
+        call = how_to_call(open_source(str(out)), dtype)
+    print(f"wrote {out}; with plain diffusers:\n\n{call}", end="")
 
 
 if __name__ == "__main__":

@@ -95,8 +95,25 @@ class Data(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters of peft on the teacher's own weights: W + (alpha / rank) B A, of which B A is trained."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = Field(None, description="default: the rank, so that B A counts once")
+    targets: Annotated[list[str], Field(min_length=1)] | str | None = Field(
+        None,
+        description="layers that get one, as peft matches them: names or their ends, or one regular expression of whole"
+        " names; default: attention's projections and the feed-forward layers",
+    )
+
+
 class Student(Section):
-    precision: Precision = Field("auto", description="of the computation; weights stay fp32")
+    lora: Lora | None = Field(
+        None,
+        description="trains adapters on one backbone that teacher and student share in memory, frozen and in the"
+        " teacher's precision; null: all weights",
+    )
+    precision: Precision = Field("auto", description="of the computation; weights that are trained stay fp32")
     tangent: Literal["one_pass", "two_pass"] = Field(
         "one_pass", description="prediction and tangent from one pass of the network, or from a pass each"
     )

@@ -2,6 +2,9 @@
 
 YAML reads `2026-11-28` as a date, `007` as a number and `no` as false. Where a field holds text, a file's value is what
 stands there; an override's is all that follows the =, and `null` alone means none, where the field may be empty.
+
+A file may begin from another: `extends: other.yaml`, beside it or by a path from it. Its own keys win, section by
+section.
 """
 
 from __future__ import annotations
@@ -16,26 +19,72 @@ import yaml
 from pydantic import BaseModel
 from yaml.constructor import BaseConstructor, ConstructorError
 
+from tbcm.config.paths import user_path
 from tbcm.errors import UserError, shown
+
+EXTENDS = "extends"
 
 
 def read_tree(path: str | Path, overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
-    """The file's sections with the overrides applied. `model` says which fields hold text.
+    """The file's sections, on those of the files that it extends, with the overrides applied. `model` says which fields
+    hold text.
 
     Raises UserError, with file, line and column or the override.
     """
+    tree = _file(Path(path), model, ())
+    for override in overrides:
+        _apply(tree, override, model)
+    return tree
+
+
+def _file(path: Path, model: type[BaseModel], extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """`extended_by`: the files that led here, from the first one."""
+    by = f" ({EXTENDS} of {extended_by[-1]})" if extended_by else ""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read the configuration{by}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the configuration is not UTF-8 text (byte {error.start})") from None
     tree = _yaml(text, model, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration is a mapping of sections, such as `train:`")
-    for override in overrides:
-        _apply(tree, override, model)
-    return tree
+    if EXTENDS not in tree:
+        return tree
+    base, chain = _base(path, tree.pop(EXTENDS)), (*extended_by, path)
+    if base.resolve() in [each.resolve() for each in chain]:
+        raise UserError(f"{' extends '.join(map(str, (*chain, base)))}: in a circle; take one {EXTENDS} out")
+    return _merged(_file(base, model, chain), tree, model)
+
+
+def _base(path: Path, name: Any) -> Path:
+    try:
+        if not isinstance(name, str):
+            raise ValueError("a path")
+        return path.parent / user_path(name)
+    except ValueError as error:
+        raise UserError(f"{path}: {EXTENDS} = {shown(name)}: should be {error}") from None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Sections in one; of all else, and where `above` has another of several sections, what it says. (Only as deep as
+    `model` has sections: YAML may nest in circles.)"""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        annotation, pair = annotation_of(model, [key]), (below[key], above[key])
+        sections = sections_of(annotation)
+        if not sections or not all(isinstance(part, dict) for part in pair):
+            continue
+        if len(sections) > 1 and len({part.get("name", _default_name(model, key)) for part in pair}) > 1:
+            continue
+        merged[key] = _merged(*pair, annotation)
+    return merged
+
+
+def _default_name(model: Any, key: str) -> Any:
+    """Of the one of several sections that a field holds where nothing is said."""
+    fields = [section.model_fields[key] for section in sections_of(model) if key in section.model_fields]
+    return getattr(fields[0].default, "name", None)
 
 
 class _Loader(yaml.SafeLoader):

@@ -97,7 +97,7 @@ class Sampler:
             times = self.pipeline.teacher_times(steps, self.size).to(start.device)[None]
             return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
         few = self.pipeline.student_times(steps, self.size)
-        cast = next(self.net.parameters()).dtype != self.dtype
+        cast = any(parameter.dtype != self.dtype for parameter in self.net.parameters())
         with autocast(self.dtype if cast else torch.float32, start.device):
             return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
 

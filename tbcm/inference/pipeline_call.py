@@ -73,6 +73,27 @@ A student for 1, 2 or 4 steps, distilled from {config.teacher.path} by tbcm; `tb
 
 def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
     """As `call_of`, for a student of any other family: the teacher's own pipeline class, told its times."""
+    lines = [f"pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}, torch_dtype={dtype})"]
+    return _code([*lines, *_call(pipeline, config, steps)])
+
+
+def adapter_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
+    """As `family_call`, for an adapter in `folder` and the teacher's pipeline."""
+    teacher = config.teacher
+    named = {"revision": pipeline.revision, "variant": teacher.variant}
+    options = "".join(f", {name}={value!r}" for name, value in named.items() if value)
+    scheduler = type(pipeline.few_steps(steps, config.resolution[0]).scheduler).__name__
+    return _code(
+        [
+            f"pipe = diffusers.DiffusionPipeline.from_pretrained({teacher.path!r}{options}, torch_dtype={dtype})",
+            f'pipe.scheduler = diffusers.{scheduler}.from_pretrained({folder!r}, subfolder="scheduler")',
+            f'pipe.load_lora_weights({folder!r}, weight_name="pytorch_lora_weights.safetensors")',
+            *_call(pipeline, config, steps),
+        ]
+    )
+
+
+def _call(pipeline: FamilyPipeline, config: Config, steps: int) -> list[str]:
     few = pipeline.few_steps(steps, size := config.resolution[0])
     guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
     arguments = {
@@ -81,16 +102,12 @@ def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: to
         **guidance,
         **pipeline.family.sized_call(size),
     }
-    lines = [
-        "import torch, diffusers",
-        "",
-        f"pipe = diffusers.DiffusionPipeline.from_pretrained({folder!r}, torch_dtype={dtype})",
-        'pipe.to("cuda")',
-        "image = pipe(",
-        *(f"    {name}={value!r}," for name, value in arguments.items()),
-        ").images[0]",
-    ]
-    return "\n".join(lines) + "\n"
+    named = (f"    {name}={value!r}," for name, value in arguments.items())
+    return ['pipe.to("cuda")', "image = pipe(", *named, ").images[0]"]
+
+
+def _code(lines: list[str]) -> str:
+    return "\n".join(["import torch, diffusers", "", *lines]) + "\n"
 
 
 def family_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
@@ -108,6 +125,33 @@ In four steps:
 
 ```python
 {family_call(pipeline, config, folder, dtype, 4)}```
+"""
+
+
+def adapter_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
+    """README.md of an adapter's folder."""
+    scale = default_guidance(config)
+    at = "" if pipeline.family.guidance else f" It is for guidance {scale:g} alone, the middle one of those trained on."
+    return f"""---
+library_name: diffusers
+base_model: {config.teacher.path}
+tags: [lora]
+---
+
+An adapter that makes {config.teacher.path} a student for 1, 2 or 4 steps, distilled by tbcm; `tbcm.yaml` is its
+configuration.{at}
+
+```python
+{adapter_call(pipeline, config, folder, dtype)}```
+
+In four steps:
+
+```python
+{adapter_call(pipeline, config, folder, dtype, 4)}```
+
+Where its layers have biases (`lora_B.bias`), those are part of it: a program that leaves them out makes other images,
+and `pipe.fuse_lora()` refuses them where the network's own layers have none. `python -m tbcm.export` without
+`--adapter` writes a whole pipeline instead.
 """
 
 

@@ -23,9 +23,12 @@ from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.files import atomic_folder
+from tbcm.runtime.trained import TrainedWeights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""diffusers' name."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def open_source(path: str) -> Source:
     if (folder / RUN_CONFIG).is_file():
         config = load_config(folder / RUN_CONFIG)
         return Source(path, config.model_copy(update={"out": path}), is_run=True)  # it may have been moved
+    if (folder / ADAPTER).is_file():
+        raise UserError(f"{path}: an adapter alone; load it with diffusers as its README.md says, or sample its run")
     if (folder / PIPELINE_CONFIG).is_file():
         config = load_config(folder / PIPELINE_CONFIG)
         # The folder has everything: what its configuration calls the teacher's is here.
@@ -62,6 +67,14 @@ def open_source(path: str) -> Source:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path}: neither a run ({RUN_CONFIG}) nor a pipeline (model_index.json)")
     return Source(path, _config_of_pipeline(path), is_run=False)
+
+
+def open_run(path: str) -> Source:
+    """Raises UserError where `path` is no run."""
+    source = open_source(path)
+    if not source.is_run:
+        raise UserError(f"{path}: not a run (it has no {RUN_CONFIG})")
+    return source
 
 
 def _config_of_pipeline(path: str) -> Config:
@@ -88,7 +101,7 @@ def load_student(
     weights, or the last ones); of a pipeline, its own."""
     dtype = dtype or student_weights(source.config, device)
     if source.is_run:
-        return _student_of_run(source, device, average).to(dtype)
+        return student_of_run(source, device, average=average).to(dtype)
     pipeline = source.pipeline
     name = pipeline.index.get("_class_name")
     if isinstance(pipeline, FamilyPipeline) and (Path(source.path) / PIPELINE_CONFIG).is_file():
@@ -101,17 +114,25 @@ def load_student(
     return net
 
 
-def _student_of_run(source: Source, device: torch.device, average: bool) -> AnyNetwork:
+def student_of_run(source: Source, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
+    """The frozen student of a run's newest checkpoint, in fp32; `merged`: with its adapters, if any, in its weights."""
     from tbcm.build import build_teacher
 
-    student = build_student(source.config, build_teacher(source.config, device))
+    lora = source.config.student.lora
+    # Adapters are added to weights in full precision.
+    teacher = build_teacher(source.config, device, torch.float32 if lora else None)
+    student = build_student(source.config, teacher)
     if average:
         ema = EMA(student)
         checkpoint.load(source.path, {"ema": ema})
         ema.copy_to(student)
     else:
-        checkpoint.load(source.path, {"student": student})
+        checkpoint.load(source.path, {"student": TrainedWeights(student)})
     freeze(student)
+    if lora and merged:
+        from tbcm.models.lora import merge
+
+        merge(student)
     return student
 
 
@@ -121,9 +142,7 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     Raises:
         UserError: not a run, no checkpoint, or a teacher whose time SanaSprintPipeline cannot express.
     """
-    source = open_source(run)
-    if not source.is_run:
-        raise UserError(f"{run}: not a run (it has no {RUN_CONFIG})")
+    source = open_run(run)
     if isinstance(source.pipeline, Pipeline):
         check_exportable(source, source.pipeline)
     student = load_student(source, torch.device("cpu"), torch.float32, average=average)

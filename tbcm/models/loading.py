@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tbcm.config import Lora
 from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.models.architecture import defaults_of
@@ -52,17 +54,9 @@ def student_from_teacher(
     Raises:
         UserError: another scale for a teacher that embeds guidance itself.
     """
-    known = defaults_of(SanaTransformer2DModel)  # of what a file says beyond it, diffusers keeps a record
-    config = {key: value for key, value in teacher.backbone.config.items() if key in known}
-    if guidance_embeds_scale is not None:
-        if config["guidance_embeds"] and guidance_embeds_scale != config["guidance_embeds_scale"]:
-            raise UserError(
-                f"student.guidance_embeds_scale = {guidance_embeds_scale:g}: the teacher embeds guidance itself, times"
-                f" {config['guidance_embeds_scale']:g}; leave it out"
-            )
-        config["guidance_embeds_scale"] = guidance_embeds_scale
+    config = _guided_config(teacher, guidance_embeds_scale)
     with torch.device(next(teacher.parameters()).device):
-        backbone = SanaTransformer2DModel(**config | {"guidance_embeds": True})
+        backbone = SanaTransformer2DModel(**config)
     state = {
         key.replace("time_embed.emb.timestep_embedder.", "time_embed.timestep_embedder."): value
         for key, value in teacher.backbone.state_dict().items()
@@ -72,15 +66,58 @@ def student_from_teacher(
     if new or unexpected:
         raise ValueError(f"teacher and student differ: missing {new}, unexpected {unexpected}")
     if missing:
-        last = backbone.time_embed.guidance_embedder.linear_2
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        _silence(backbone.time_embed.guidance_embedder)
     return SanaTrigFlow(backbone.train(), timestep_scale=teacher.timestep_scale, logvar=True, **options)
+
+
+def lora_student_from_teacher(
+    teacher: SanaTrigFlow, lora: Lora, *, guidance_embeds_scale: float | None = None, **options: Any
+) -> SanaTrigFlow:
+    """As `student_from_teacher`, with adapters on the teacher's own weights (see `tbcm.models.lora`)."""
+    from tbcm.models.lora import add_lora, tied
+
+    config = _guided_config(teacher, guidance_embeds_scale)
+    backbone = tied(teacher.backbone)
+    add_lora(backbone, lora, leave_out=["patch_embed.proj"])  # whose tangent is that of a plain convolution
+    if not teacher.embeds_guidance:
+        backbone.time_embed = _with_guidance(backbone.time_embed, teacher.width)
+    backbone.register_to_config(**config)
+    student = SanaTrigFlow(backbone, timestep_scale=teacher.timestep_scale, logvar=True, **options)
+    return student.train()
+
+
+def _with_guidance(embed: Any, width: int) -> SanaCombinedTimestepGuidanceEmbeddings:
+    """What diffusers has beside a guidance embedding, of what it has without one; the embedding says nothing."""
+    with torch.device(embed.linear.weight.device):
+        combined = SanaCombinedTimestepGuidanceEmbeddings(width)
+    combined.timestep_embedder, combined.linear = embed.emb.timestep_embedder, embed.linear
+    _silence(combined.guidance_embedder)
+    return combined
+
+
+def _silence(embedder: Any) -> None:
+    nn.init.zeros_(embedder.linear_2.weight)
+    nn.init.zeros_(embedder.linear_2.bias)
+
+
+def _guided_config(teacher: SanaTrigFlow, guidance_embeds_scale: float | None) -> dict[str, Any]:
+    """Of a student's backbone. Raises UserError for another scale than that of a teacher that embeds guidance."""
+    known = defaults_of(SanaTransformer2DModel)  # of what a file says beyond it, diffusers keeps a record
+    config = {key: value for key, value in teacher.backbone.config.items() if key in known}
+    if guidance_embeds_scale is not None:
+        if config["guidance_embeds"] and guidance_embeds_scale != config["guidance_embeds_scale"]:
+            raise UserError(
+                f"student.guidance_embeds_scale = {guidance_embeds_scale:g}: the teacher embeds guidance itself, times"
+                f" {config['guidance_embeds_scale']:g}; leave it out"
+            )
+        config["guidance_embeds_scale"] = guidance_embeds_scale
+    return config | {"guidance_embeds": True}
 
 
 def general_student(
     teacher: DiffusersNetwork,
     *,
+    lora: Lora | None = None,
     tangent: TangentMode,
     checkpointing: Checkpointing,
     compiled: bool,
@@ -88,12 +125,19 @@ def general_student(
 ) -> DiffusersNetwork:
     """A trainable fp32 student of any family that starts equal to the conditional teacher, on the teacher's device.
 
-    Where the teacher embeds no guidance it gets an embedding of it that is zero at first.
+    Where the teacher embeds no guidance it gets an embedding of it that is zero at first. With `lora` its weights are
+    the teacher's, and adapters on them are trained (see `tbcm.models.lora`).
 
     Raises:
         UserError: checkpointing that this network cannot do.
     """
-    backbone = copy.deepcopy(teacher.backbone).float().requires_grad_()
+    if lora:
+        from tbcm.models.lora import add_lora, tied
+
+        backbone = tied(teacher.backbone)
+        add_lora(backbone, lora)
+    else:
+        backbone = copy.deepcopy(teacher.backbone).float().requires_grad_()
     try:
         return DiffusersNetwork(
             backbone,

@@ -28,8 +28,9 @@ def parallelize(
 ) -> nn.Module:
     """`net` as what is to be called in training; one rank's is `net` itself.
 
-    All ranks get rank 0's weights. With fsdp every parameter of `net` becomes a DTensor in place, and `net` and each of
-    `blocks` gather theirs while they run; gradients and what an optimiser makes of them stay sharded.
+    All ranks get rank 0's weights. With fsdp every parameter of `net` that is trained becomes a DTensor in place, and
+    `net` and each of `blocks` gather theirs while they run; gradients and what an optimiser makes of them stay sharded.
+    Frozen ones stay whole on every rank: they are a teacher's.
 
     Args:
         shard: fsdp: over how many consecutive ranks weights are sharded (see `shard_size`); beyond, groups hold the
@@ -52,9 +53,9 @@ def parallelize(
     # The warning is for who changes a network's answer in place, which nobody here does.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")
     mesh = device_mesh(device.type, shard_size(shard))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    frozen = {parameter for parameter in net.parameters() if not parameter.requires_grad}
+    for module in (*blocks, net):
+        fully_shard(module, mesh=mesh, ignored_params=frozen)
     return net
 
 

@@ -96,7 +96,7 @@ def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[st
     tera = flops * rollouts / 1e12
     return {
         "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path})",
-        "student": f"{_parameters(trainer.student)}, {len(trainer.parameters)} tensors trained",
+        "student": _student(trainer),
         "text encoder": f"{_parameters(nn.ModuleList(encoders)) if encoders else 'none'} ({encoder})",
         "step": (
             f"{total} {'images' if config.method.from_images else 'prompts'} x {each} points = {total * each}"
@@ -104,6 +104,15 @@ def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[st
         ),
         "FLOPs a step": f"{tera:.4g} TFLOP on each rank ({tera * world / (total * each):.4g} a sample)",
     }
+
+
+def _student(trainer: Trainer) -> str:
+    """Its size and, where most of it is the teacher's, what is trained."""
+    tensors, lora = len(trainer.parameters), trainer.config.student.lora
+    if lora is None:
+        return f"{_parameters(trainer.student)}, {tensors} tensors trained"
+    trained = _millions(sum(p.numel() for p in trainer.parameters))
+    return f"{_parameters(trainer.student)}, of which {trained} trained in {tensors} tensors (LoRA of rank {lora.rank})"
 
 
 def memory_report(trainer: Trainer, rollouts: int, shard: int, peak: int) -> dict[str, str]:
@@ -160,5 +169,8 @@ def eager(config: Config) -> Config:
 
 
 def _parameters(model: nn.Module) -> str:
-    count = sum(p.numel() for p in model.parameters())
-    return f"{count / 1e6:,.1f} M parameters"
+    return f"{_millions(sum(p.numel() for p in model.parameters()))} parameters"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"

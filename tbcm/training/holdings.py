@@ -13,14 +13,16 @@ SHARDED = "student", "gradients", "optimizer", "average"
 
 
 def holdings(trainer: Trainer) -> dict[str, int]:
-    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student, and of what belongs to its weights;
-    of a discriminator with its gradient and its optimiser's two moments."""
+    """Bytes of the frozen networks (teacher, text encoder, VAE), of the student but for what it shares with the
+    teacher, and of what belongs to its trained weights; of a discriminator with its gradient and its optimiser's two
+    moments."""
     state = trainer.optimizer.state_dict()["state"].values()
+    shared = {id(tensor) for tensor in tensors(trainer.teacher)}
     return {
         "teacher": _bytes(tensors(trainer.teacher)),
         "text encoder": _bytes(tensor for part in trainer.text.modules for tensor in tensors(part)),
         "VAE": _bytes(tensors(trainer.parts.vae)),
-        "student": _bytes(tensors(trainer.student)),
+        "student": _bytes(tensor for tensor in tensors(trainer.student) if id(tensor) not in shared),
         "gradients": _bytes(trainer.parameters),
         "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
         "discriminator": _of_discriminator(trainer.method.trained) if trainer.method.trained else 0,
@@ -45,8 +47,12 @@ def on_a_rank(whole: Mapping[str, int], shard: int, *, accumulates: bool) -> dic
 def gathered(net: nn.Module, blocks: Iterable[nn.Module]) -> int:
     """Bytes of weights that FSDP has gathered at its peak: of what is in no block, and of two blocks (the one that runs
     and the next)."""
-    sizes = sorted((_bytes(block.parameters()) for block in blocks), reverse=True)
-    return _bytes(net.parameters()) - sum(sizes) + sum(sizes[:2])
+    sizes = sorted((_bytes(trained(block)) for block in blocks), reverse=True)
+    return _bytes(trained(net)) - sum(sizes) + sum(sizes[:2])
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def tensors(net: nn.Module | None) -> Iterable[Tensor]:

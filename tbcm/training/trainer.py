@@ -32,6 +32,7 @@ from tbcm.runtime.parallel import accumulating, parallelize
 from tbcm.runtime.phases import phase
 from tbcm.runtime.profiling import StepProfiler
 from tbcm.runtime.signs import pulse
+from tbcm.runtime.trained import TrainedWeights
 from tbcm.runtime.update import build_update
 from tbcm.samples.rollouts import Batch
 from tbcm.training.methods import build_method
@@ -236,7 +237,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "student": self.student,
+            "student": TrainedWeights(self.student),
             "ema": self.ema,
             "optimizer": self.optimizer,
             "guard": self.guard,
@@ -300,6 +301,7 @@ def describe(config: Config, device: torch.device, general: bool = False) -> str
         "compiled" if switch(teacher.compile, device) else "eager",
     ]
     parts += ["fp8"] * teacher.fp8
+    parts += [f"LoRA of rank {student.lora.rank} on its weights"] if student.lora else []
     parts += ["rollout as a CUDA graph"] * (device.type == "cuda" and switch(teacher.cuda_graph, device))
     parts += ["overlapped"] * config.train.overlap_rollout
     return ", ".join(parts)

@@ -109,6 +109,55 @@ def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
         load(tmp_path, MINIMAL + merged + "train: {<<: *a, steps: 6}\n")
 
 
+# Files on files
+
+
+def files(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_file_extends_another_section_by_section(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    files(tmp_path, base=MINIMAL + "method: {guidance: [1, 2], route: {points: 4, shift: 2}}\ntrain: {steps: 5}\n")
+    files(tmp_path / "deeper", middle="extends: ../base.yaml\nmethod: {route: {points: 8}}\nteacher: {revision: 007}\n")
+    files(tmp_path, top="extends: deeper/middle.yaml\nmethod: {guidance: [3]}\ntrain:\n  seed: 1\n")
+    config = load_config(tmp_path / "top.yaml", ["train.steps=6"])
+    expected = (
+        MINIMAL.replace("icons}", "icons, revision: 007}", 1)
+        + "method: {guidance: [3], route: {points: 8, shift: 2}}\ntrain: {steps: 6, seed: 1}\n"
+    )
+    assert config == load(tmp_path, expected)
+    assert "extends" not in config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: no.yaml", r"/no\.yaml: cannot read the configuration \(extends of .*/top\.yaml\): No such file"),
+        ("extends: .", r"cannot read the configuration \(extends of .*/top\.yaml\): Is a directory"),
+        ("extends: top.yaml", r"top\.yaml extends .*/top\.yaml: in a circle"),
+        ("extends: a.yaml", r"top\.yaml extends .*/a\.yaml extends .*/b\.yaml extends .*/a\.yaml: in a circle"),
+        ("extends: 3", "extends = 3: should be a path"),
+        ("extends: [a.yaml]", "extends = .*: should be a path"),
+        ("extends:", "extends = None: should be a path"),
+        ('extends: "a\\0b"', "extends = .*: should be a path without NUL"),
+        ("extends: ''", "extends = .*: should be a path that is not empty"),
+    ],
+)
+def test_what_cannot_be_extended_is_said_in_one_line(tmp_path: Path, text: str, words: str) -> None:
+    files(tmp_path, top=text, a="extends: b.yaml\n", b="extends: ./a.yaml\n")
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(tmp_path / "top.yaml")
+    assert_one_line(caught.value)
+
+
+def test_nor_can_an_override_extend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown key 'extends'"):
+        load(tmp_path, MINIMAL, "extends=a.yaml")
+
+
 # Paths
 
 FIELDS = ["out", "teacher.path", "text.path", "text.cache", "data.prompts", "data.images", "data.latents"]
@@ -224,8 +273,9 @@ def test_no_path_can_be_this(tmp_path: Path, text: str) -> None:
 WHOLE = (
     MINIMAL + "log: {every: 3, preview_prompts: [a cat, 'two: dogs']}\ntrain:\n  steps: 12\n  seed: 0x10\nmethod:\n"
     "  guidance: [1, 2.5]\n  route: {points: 4, shift: 1e-1}\n  r: &r {final: .5}\noptimizer:\n  betas: [0.9, 0.99]\n"
-    "  name: adamw # a comment\ntext:\n  path: ~\n"
+    "  name: adamw # a comment\ntext:\n  path: ~\nextends: other.yaml\n"
 )
+OTHER = "train: {steps: 3}\nmethod: {route: {points: 5}}\n"
 PIECES = [
     *"[]{}:,-?!&*#|>%@`'\"\\~<=\t\n ",
     *(": ", "- ", "\n  ", "---\n", "...\n", "<<: *r", "&a", "*a", "&a [*a]", "? ", "!!", "!!binary ", "!!timestamp "),
@@ -278,6 +328,7 @@ def outcome(work: Callable[[], Config]) -> bool:
 
 def test_whatever_is_in_a_file_ends_in_one_line(tmp_path: Path) -> None:
     draw, whole = random.Random(0), WHOLE.encode()
+    files(tmp_path, other=OTHER)
     assert outcome(lambda: load(tmp_path, whole))
     cases = [mutated(whole, draw) for _ in range(COUNT)] + [draw.randbytes(draw.randint(0, 99)) for _ in range(200)]
     done = [outcome(lambda case=case: load(tmp_path, case)) for case in cases]  # type: ignore[misc]

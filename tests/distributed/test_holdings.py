@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from ranks import on_ranks
 from tiny import tiny_config, tiny_parts
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tbcm.runtime import distributed
 from tbcm.runtime.distributed import local
 from tbcm.runtime.files import write_json
+from tbcm.training.accounting import CostCounter
+from tbcm.training.dryrun import report
 from tbcm.training.holdings import gathered, holdings, on_a_rank
 from tbcm.training.methods.sprint import Sprint
+from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 
 
@@ -61,6 +66,32 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     assert share == whole | {name: -(-whole[name] // 3) for name in ("student", "optimizer", "average")}
     # Of two blocks both are gathered: then it is the whole student.
     assert gathered(trainer.student, trainer.blocks) == 4 * numbers
+
+
+def test_a_backbone_that_teacher_and_student_share_counts_once(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, student={"lora": {"rank": 2}})
+    trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
+    trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
+    whole = holdings(trainer)
+    assert {whole[name] for name in ("student", "gradients", "average")} == {4 * trained}
+    everything = [p for net in (trainer.teacher, trainer.student) for p in (*net.parameters(), *net.buffers())]
+    distinct = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in everything}
+    assert whole["teacher"] + whole["student"] == sum(distinct.values())
+    assert gathered(trainer.student, trainer.blocks) == 4 * trained
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_dry_run_accounts_for_what_is_held(tmp_path: Path, lora: dict[str, int] | None) -> None:
+    """Live tensors, before a step has made gradients: a backbone that is shared is there once."""
+    sections = {"teacher": {"architecture": "tiny"}, "text": {"cache": "unused"}, "student": {"lora": lora}}
+    config, device = tiny_config(tmp_path, **sections), torch.device("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        trainer = Trainer(config, device, random_parts(config, device))
+        gc.collect()
+        held = holdings(trainer)
+        assert counter.live == pytest.approx(sum(held.values()) - held["gradients"], rel=0.05)
+    assert (held["student"] < held["teacher"] / 2) == (lora is not None)
+    assert ("(LoRA of rank 2)" in report(trainer, 1, 1, 0)["student"]) == (lora is not None)
 
 
 def test_a_discriminator_is_told_with_what_belongs_to_its_weights(tmp_path: Path) -> None:

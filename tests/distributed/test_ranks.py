@@ -44,10 +44,14 @@ def train(runs: dict[Path, Sections]) -> None:
         trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
         trainer.run()
         sharded = config.parallel.mode == "fsdp"
-        assert all(isinstance(weight, DTensor) == sharded for weight in trainer.student.parameters())
+        assert all(isinstance(weight, DTensor) == (sharded and weight.requires_grad) for weight in all_weights(trainer))
         weights = whole(trainer.student.state_dict()), whole(trainer.ema.shadow)
         if distributed.is_main():
             torch.save(weights, out / "weights.pt")
+
+
+def all_weights(trainer: Trainer) -> list[Tensor]:
+    return [*trainer.student.parameters(), *trainer.teacher.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,19 @@ def test_nor_with_an_adversary(tmp_path: Path) -> None:
         for a, b in zip(metrics(tmp_path / "single"), metrics(tmp_path / name), strict=True):
             for key in FIGURES:
                 torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
+
+
+LORA: Sections = {"student": {"lora": {"rank": 2}}}
+
+
+def test_nor_with_adapters_on_shared_weights(tmp_path: Path) -> None:
+    """Of which frozen ones stay whole and the teacher's own; with an adversary too, which looks into the teacher."""
+    train({tmp_path / "single": LORA, tmp_path / "single-sprint": LORA | SPRINT})
+    full = {"student": {"lora": {"rank": 2}, "checkpointing": "full"}}
+    ways = {"ddp": LORA | ACCUMULATED, "fsdp": full | FSDP | ACCUMULATED, "sprint": LORA | SPRINT | FSDP}
+    on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
+    for name in ways:
+        assert_same_run(tmp_path / ("single-sprint" if name == "sprint" else "single"), tmp_path / name)
 
 
 class Collectives(TorchDispatchMode):

@@ -26,7 +26,7 @@ images are videos: their networks are tested beside this."""
 NOT_EXPORTED = {"edm": "no scheduler of diffusers"}
 
 
-def written(name: str, folder: Path, **train: Any) -> Config:
+def written(name: str, folder: Path, student: dict[str, Any] | None = None, **train: Any) -> Config:
     """The configuration of a small run of a tiny teacher, and the files that it names."""
     tiny = make(name)
     tiny.pipe.save_pretrained(folder / "teacher")
@@ -42,6 +42,7 @@ def written(name: str, folder: Path, **train: Any) -> Config:
             "brightness_threshold": 0.0,
             "r": {"warmup_steps": 0, "final": 1.0, "cooldown_start": None},
         },
+        "student": student or {},
         "optimizer": {"name": "adamw", "lr": 1e-3, "clip": 1.0},
         "train": {"steps": 3, "prompts_per_step": 2, **train},
         "log": {"preview_every": 0},
@@ -93,11 +94,14 @@ def by_diffusers(folder: Path, prompts: list[str], latents: torch.Tensor) -> Non
     """The exported folder's own pipeline, from the same noise."""
     pipeline = open_source(str(folder)).pipeline
     assert isinstance(pipeline, FamilyPipeline)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    draws_the_same(diffusers.DiffusionPipeline.from_pretrained(folder), pipeline, prompts, latents)
+
+
+def draws_the_same(pipe: Any, pipeline: FamilyPipeline, prompts: list[str], latents: torch.Tensor) -> None:
+    """`pipe`, with its scheduler, in one step."""
     pipe.set_progress_bar_config(disable=True)
     noise = NoiseSource(3, range(1), latents.shape[1:], CPU)()
-    size = open_source(str(folder)).config.resolution[0]
-    shape = pipeline.codec.shape(*size)
+    shape = latents.shape[1:]
     packed = pipeline.family.layout.pack(noise, shape)
     packed = torch.stack(packed) if isinstance(packed, list) else packed
     network = getattr(pipe, pipeline.family.network)

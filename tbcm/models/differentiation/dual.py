@@ -22,6 +22,28 @@ Rule = Callable[[Any, Tensor, Tensor], Tensor]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
+DualLayer = Callable[[Any, Dual], Dual]
+_LAYERS: dict[type[nn.Module], DualLayer] = {}
+_POINTWISE: dict[type[nn.Module], DualLayer] = {}
+
+
+def dual_rule(*layers: type[nn.Module]) -> Callable[[DualLayer], DualLayer]:
+    """Declares what `dual` makes of layers of exactly these types that are made of others."""
+    return _into(_LAYERS, layers)
+
+
+def pointwise_rule(*layers: type[nn.Module]) -> Callable[[DualLayer], DualLayer]:
+    """The same for `pointwise`."""
+    return _into(_POINTWISE, layers)
+
+
+def _into(rules: dict[type[nn.Module], DualLayer], layers: tuple[type[nn.Module], ...]) -> Any:
+    def register(rule: DualLayer) -> DualLayer:
+        rules.update(dict.fromkeys(layers, rule))
+        return rule
+
+    return register
+
 
 def tangent_rule(*layers: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Declares how layers of exactly these types push a tangent forward."""
@@ -35,6 +57,8 @@ def tangent_rule(*layers: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 def dual(layer: nn.Module, x: Dual) -> Dual:
     """`layer` of a dual number. Raises TypeError where no rule is known for the layer's type."""
+    if whole := _LAYERS.get(type(layer)):
+        return whole(layer, x)
     value, tangent = x
     y = layer(value)
     if tangent is None:
@@ -57,6 +81,8 @@ def activations_dtype(x: Tensor) -> torch.dtype:
 
 def pointwise(conv: nn.Module, x: Dual) -> Dual:
     """A 1 x 1 convolution of channels-last samples [B, T, C]: the matrix product that it is."""
+    if whole := _POINTWISE.get(type(conv)):
+        return whole(conv, x)
     value, tangent = x
     if type(conv) is not nn.Conv2d and tangent is None:  # a frozen network's fp8 layer
         return conv(value.mT[..., None])[..., 0].mT, None

@@ -1,0 +1,88 @@
+"""A LoRA run's adapter alone, which plain diffusers loads into the teacher's own pipeline.
+
+A guidance scale that the teacher does not embed is one constant for one scale: it is written as the bias of an adapter
+(peft's `lora_bias`) on the layer behind which it stands, beside a matrix of zeros.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from tbcm.build import AnyNetwork, default_guidance
+from tbcm.errors import UserError
+from tbcm.inference.pipeline_call import adapter_card
+from tbcm.inference.student import PIPELINE_CONFIG, Source, open_run, student_of_run
+from tbcm.models.embedders import time_embedders
+from tbcm.models.families.pipeline import FamilyPipeline
+from tbcm.models.network import DiffusersNetwork
+from tbcm.runtime.files import atomic_folder
+
+
+def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> Source:
+    """Writes the folder `out`: the adapter as `load_lora_weights` takes it, the scheduler, and how to call them.
+
+    Raises:
+        UserError: not a run, a run without adapters, or a pipeline class that cannot express them.
+    """
+    from tbcm.models.lora import state_of
+
+    source = open_run(run)
+    if source.config.student.lora is None:
+        raise UserError(f"{run}: trained all weights (student.lora is null): export it without --adapter")
+    pipeline = adapter_pipeline(source)
+    few = pipeline.few_steps(1, source.config.resolution[0])
+    student = student_of_run(source, torch.device("cpu"), average=average, merged=False)
+    shifts = guidance_shifts(student, default_guidance(source.config))
+    state = {name: value.to(dtype) for name, value in state_of(student.backbone, shifts).items()}
+    if not isinstance(student, DiffusersNetwork) and shifts:  # where diffusers has it without a guidance embedding
+        state = {name.replace("time_embed.timestep", "time_embed.emb.timestep"): x for name, x in state.items()}
+    cls = getattr(diffusers, pipeline.index["_class_name"])
+    with atomic_folder(out) as part:
+        cls.save_lora_weights(part, **{f"{pipeline.family.network}_lora_layers": state})
+        few.scheduler.save_pretrained(part / "scheduler")
+        (part / PIPELINE_CONFIG).write_text(source.config.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(adapter_card(pipeline, source.config, str(out), dtype), encoding="utf-8")
+    return source
+
+
+def adapter_pipeline(source: Source) -> FamilyPipeline:
+    """The teacher's own pipeline. Raises UserError where it cannot run this student's adapter."""
+    pipeline, name = source.pipeline, source.pipeline.index.get("_class_name")
+    advice = "export the run without --adapter"
+    if not hasattr(getattr(diffusers, str(name), None), "load_lora_weights"):
+        raise UserError(f"{source.path}: diffusers' {name} has no load_lora_weights: {advice}")
+    if isinstance(pipeline, FamilyPipeline):
+        return pipeline
+    if name != "SanaPipeline" or pipeline.config("transformer")["guidance_embeds"]:
+        raise UserError(
+            f"{source.path}: a teacher that embeds guidance in a {name} cannot have one written yet: {advice}"
+        )
+    family = FamilyPipeline(pipeline)
+    own = float(getattr(family.formulation, "scale", 1.0))
+    if abs(own - pipeline.timestep_scale) > 1e-6 * own:
+        raise UserError(
+            f"{source.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives"
+            f" the network ({own:g}): {advice}"
+        )
+    return family
+
+
+@torch.no_grad()
+def guidance_shifts(student: AnyNetwork, guidance: float) -> dict[str, Tensor]:
+    """What the student's embedding of a guidance scale adds behind layers of the backbone, by their names; nothing
+    where it is the teacher's own."""
+    backbone = student.backbone
+    w = torch.full((1,), guidance, device=next(backbone.parameters()).device)
+    if isinstance(student, DiffusersNetwork):
+        if student.guidance_embedding is None:
+            return {}
+        names = {id(layer): name for name, layer in backbone.named_modules()}
+        found = zip(time_embedders(backbone), student.guidance_embedding(w), strict=True)
+        return {names[id(embedder.last)]: g[0] for embedder, g in found}
+    embed = backbone.time_embed
+    waves = embed.guidance_condition_proj(w * student.guidance_scale)
+    return {"time_embed.timestep_embedder.linear_2": embed.guidance_embedder(waves)[0]}
