@@ -101,7 +101,8 @@ def draws_the_same(pipe: Any, pipeline: FamilyPipeline, prompts: list[str], late
     """`pipe`, with its scheduler, in one step."""
     pipe.set_progress_bar_config(disable=True)
     noise = NoiseSource(3, range(1), latents.shape[1:], CPU)()
-    shape = latents.shape[1:]
+    size = tuple(side * pipeline.codec.compression for side in latents.shape[-2:])
+    shape = pipeline.codec.shape(*size)
     packed = pipeline.family.layout.pack(noise, shape)
     packed = torch.stack(packed) if isinstance(packed, list) else packed
     network = getattr(pipe, pipeline.family.network)
