@@ -22,7 +22,7 @@ is printed, and written into the folder's README.md.
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tbcm.export",
-        description="Write a run's student as a folder that diffusers loads as SanaSprintPipeline.",
+        description="Write a run's student as a folder that plain diffusers loads.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -35,8 +35,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     from tbcm.inference.adapter import adapter_pipeline, export_adapter
+    from tbcm.inference.exporting import export
     from tbcm.inference.pipeline_call import adapter_call, how_to_call
-    from tbcm.inference.student import export, open_source
+    from tbcm.inference.student import open_source
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     out: Path = arguments.out

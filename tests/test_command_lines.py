@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SanaSprintPipeline
+from diffusers import SanaPipeline, SanaSprintPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import metrics, write_config, write_teacher
@@ -156,13 +156,45 @@ def generator_of(seed: int, image: int) -> torch.Generator:
     return generator("cpu", seed, image, "sample")
 
 
-def test_a_teacher_with_another_time_scale_trains_but_cannot_be_exported(
+def test_a_student_of_sparse_time_is_exported_as_its_teachers_own_pipeline(
     call: Run, tmp_path: Path, prompts: Path
 ) -> None:
+    """As of Sana 1.0: SanaSprintPipeline would pass its network s, and not 1000 s. Guidance is in the weights."""
+    other = write_teacher(tmp_path / "sparse", timestep_scale=1.0)
+    sections = {"train": {"steps": 3}, "student": {"guidance_embeds_scale": 1.0}, "optimizer": {"lr": 1e-2}}
+    path = write_config(tmp_path / "c.yaml", other, prompts, tmp_path / "run", **sections)
+    assert call(train.main, path)[0] == 0
+    code, printed, _ = call(export.main, tmp_path / "run", tmp_path / "out")
+    assert code == 0 and "sigmas=[1.0]" in printed and "height=64" in printed
+    ours, again = (open_sampler(str(tmp_path / name), device="cpu") for name in ("run", "out"))
+    names, middle = ["a red ball", "a blue ball"], 3.0
+    latents = ours.latents(names, steps=1, guidance=middle, seed=3)
+    other_scale = ours.latents(names, steps=1, guidance=2.0, seed=3)
+    assert (latents - other_scale).abs().max() > 1e-3
+    torch.testing.assert_close(again.latents(names, steps=1, seed=3), latents, rtol=1e-4, atol=1e-4)
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "out", text_encoder=None, tokenizer=None)
+    embeds, mask = ours.text.encoder.encode(names)
+    noise = torch.stack([torch.randn(4, 8, 8, generator=generator_of(3, i)) for i in range(2)])
+    theirs = pipeline(
+        prompt_embeds=embeds,
+        prompt_attention_mask=mask.float(),
+        latents=noise,
+        sigmas=[1.0],
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=64,
+        width=64,
+        use_resolution_binning=False,
+        output_type="latent",
+    )[0]
+    torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_time_that_no_pipeline_passes_cannot_be_exported(call: Run, tmp_path: Path, prompts: Path) -> None:
     other = write_teacher(tmp_path / "sparse", timestep_scale=1.0)
     path = write_config(tmp_path / "c.yaml", other, prompts, tmp_path / "run", train={"steps": 1})
-    assert call(train.main, path)[0] == 0
-    assert_one_line(call(export.main, tmp_path / "run", tmp_path / "out"), "1000", "cannot be exported")
+    assert call(train.main, path, "teacher.timestep_scale=500")[0] == 0
+    assert_one_line(call(export.main, tmp_path / "run", tmp_path / "out"), "500", "1000", "cannot be exported")
     assert not (tmp_path / "out").exists()
 
 

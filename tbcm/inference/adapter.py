@@ -14,11 +14,13 @@ from torch import Tensor
 
 from tbcm.build import AnyNetwork, default_guidance
 from tbcm.errors import UserError
+from tbcm.inference.exporting import own_pipeline
 from tbcm.inference.pipeline_call import adapter_card
 from tbcm.inference.student import PIPELINE_CONFIG, Source, open_run, student_of_run
 from tbcm.models.embedders import time_embedders
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.network import DiffusersNetwork
+from tbcm.models.sana.guidance import guidance_shift
 from tbcm.runtime.files import atomic_folder
 
 
@@ -51,24 +53,10 @@ def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = T
 
 def adapter_pipeline(source: Source) -> FamilyPipeline:
     """The teacher's own pipeline. Raises UserError where it cannot run this student's adapter."""
-    pipeline, name = source.pipeline, source.pipeline.index.get("_class_name")
-    advice = "export the run without --adapter"
+    name = source.pipeline.index.get("_class_name")
     if not hasattr(getattr(diffusers, str(name), None), "load_lora_weights"):
-        raise UserError(f"{source.path}: diffusers' {name} has no load_lora_weights: {advice}")
-    if isinstance(pipeline, FamilyPipeline):
-        return pipeline
-    if name != "SanaPipeline" or pipeline.config("transformer")["guidance_embeds"]:
-        raise UserError(
-            f"{source.path}: a teacher that embeds guidance in a {name} cannot have one written yet: {advice}"
-        )
-    family = FamilyPipeline(pipeline)
-    own = float(getattr(family.formulation, "scale", 1.0))
-    if abs(own - pipeline.timestep_scale) > 1e-6 * own:
-        raise UserError(
-            f"{source.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives"
-            f" the network ({own:g}): {advice}"
-        )
-    return family
+        raise UserError(f"{source.path}: diffusers' {name} has no load_lora_weights: export the run without --adapter")
+    return own_pipeline(source)
 
 
 @torch.no_grad()
@@ -83,6 +71,4 @@ def guidance_shifts(student: AnyNetwork, guidance: float) -> dict[str, Tensor]:
         names = {id(layer): name for name, layer in backbone.named_modules()}
         found = zip(time_embedders(backbone), student.guidance_embedding(w), strict=True)
         return {names[id(embedder.last)]: g[0] for embedder, g in found}
-    embed = backbone.time_embed
-    waves = embed.guidance_condition_proj(w * student.guidance_scale)
-    return {"time_embed.timestep_embedder.linear_2": embed.guidance_embedder(waves)[0]}
+    return {"time_embed.timestep_embedder.linear_2": guidance_shift(student, guidance)}

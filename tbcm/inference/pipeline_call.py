@@ -158,6 +158,7 @@ and `pipe.fuse_lora()` refuses them where the network's own layers have none. `p
 def how_to_call(source: Source, dtype: torch.dtype) -> str:
     """The call of an exported folder."""
     pipeline = source.pipeline
-    if isinstance(pipeline, FamilyPipeline):
-        return family_call(pipeline, source.config, source.path, dtype)
-    return call_of(source.config, source.path, dtype)
+    if pipeline.index.get("_class_name") == "SanaSprintPipeline":
+        return call_of(source.config, source.path, dtype)
+    own = pipeline if isinstance(pipeline, FamilyPipeline) else FamilyPipeline(pipeline)
+    return family_call(own, source.config, source.path, dtype)

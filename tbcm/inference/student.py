@@ -1,28 +1,20 @@
-"""Trained students: read from a run or a pipeline folder, written as a pipeline folder."""
+"""Trained students, read from a run or a pipeline folder (`tbcm.inference.exporting` writes them)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import SanaSprintPipeline, SCMScheduler
 
-from tbcm.build import AnyNetwork, build_student, default_guidance, pipeline_of, student_weights, text_pipeline_of
+from tbcm.build import AnyNetwork, build_student, build_teacher, pipeline_of, student_weights
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
-from tbcm.inference.pipeline_call import family_card, model_card
-from tbcm.models.embedders import fold_guidance
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
-from tbcm.models.families.writing import copy_pipeline
-from tbcm.models.loading import AnyPipeline, freeze
-from tbcm.models.network import DiffusersNetwork
+from tbcm.models.loading import AnyPipeline, freeze, load_teacher
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
-from tbcm.runtime.files import atomic_folder
 from tbcm.runtime.trained import TrainedWeights
 
 RUN_CONFIG = "config.yaml"
@@ -103,21 +95,17 @@ def load_student(
     if source.is_run:
         return student_of_run(source, device, average=average).to(dtype)
     pipeline = source.pipeline
-    name = pipeline.index.get("_class_name")
-    if isinstance(pipeline, FamilyPipeline) and (Path(source.path) / PIPELINE_CONFIG).is_file():
-        return pipeline.load_teacher(dtype, device)  # its guidance is in its weights
-    if isinstance(pipeline, FamilyPipeline) or name != "SanaSprintPipeline":
+    name, ours = pipeline.index.get("_class_name"), (Path(source.path) / PIPELINE_CONFIG).is_file()
+    if not ours and name != "SanaSprintPipeline":
         raise UserError(f"{source.path}: a {name} is a teacher, not a few-step student; add --teacher")
-    backbone = pipeline.load_transformer(dtype).to(device)
-    net = SanaTrigFlow(backbone, timestep_scale=1.0, differentiable=False)
-    freeze(net)
-    return net
+    if isinstance(pipeline, FamilyPipeline):
+        return pipeline.load_teacher(dtype, device)  # its guidance is in its weights
+    scale = 1.0 if name == "SanaSprintPipeline" else pipeline.timestep_scale
+    return load_teacher(pipeline, dtype, device, timestep_scale=scale)
 
 
 def student_of_run(source: Source, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
     """The frozen student of a run's newest checkpoint, in fp32; `merged`: with its adapters, if any, in its weights."""
-    from tbcm.build import build_teacher
-
     lora = source.config.student.lora
     # Adapters are added to weights in full precision.
     teacher = build_teacher(source.config, device, torch.float32 if lora else None)
@@ -134,74 +122,3 @@ def student_of_run(source: Source, device: torch.device, *, average: bool, merge
 
         merge(student)
     return student
-
-
-def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> None:
-    """Writes a run's student as a folder that plain diffusers loads as SanaSprintPipeline.
-
-    Raises:
-        UserError: not a run, no checkpoint, or a teacher whose time SanaSprintPipeline cannot express.
-    """
-    source = open_run(run)
-    if isinstance(source.pipeline, Pipeline):
-        check_exportable(source, source.pipeline)
-    student = load_student(source, torch.device("cpu"), torch.float32, average=average)
-    if isinstance(student, DiffusersNetwork):
-        write_family_pipeline(student, source, out, dtype)
-    else:
-        write_pipeline(student, source, out, dtype)
-
-
-def check_exportable(source: Source, pipeline: Pipeline) -> None:
-    """SanaSprintPipeline passes its network the flow-matching time s in [0, 1] itself."""
-    scale = pipeline.timestep_scale
-    if abs(scale - 1) > 1e-6:
-        raise UserError(
-            f"{source.path}: its teacher's network time is {scale:g} s, and SanaSprintPipeline always passes s in"
-            " [0, 1]; tbcm.sample can run it, but it cannot be exported"
-        )
-
-
-def write_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torch.dtype) -> None:
-    """A SanaSprintPipeline folder: the student's transformer, the teacher's VAE and text encoder, and a scheduler."""
-    config = source.config
-    backbone = student.backbone.to(dtype)
-    backbone.register_to_config(
-        timestep_scale=1.0
-    )  # what SanaSprintPipeline does, whatever the teacher's schedulers do
-    tokenizer, text_encoder = _text_parts(source, dtype)
-    pipeline = SanaSprintPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=source.pipeline.load_vae(dtype),
-        transformer=backbone,
-        scheduler=SCMScheduler(sigma_data=config.method.sigma_data),
-    )
-    with atomic_folder(out) as part:
-        pipeline.save_pretrained(part)
-        (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        (part / "README.md").write_text(model_card(config, str(out), dtype), encoding="utf-8")
-
-
-def write_family_pipeline(student: DiffusersNetwork, source: Source, out: Path, dtype: torch.dtype) -> None:
-    """A folder of the teacher's own pipeline class, with the student's network and a scheduler that samples it.
-
-    Where the class embeds no guidance, that of the middle scale trained on is folded into the weights.
-    """
-    pipeline, config = source.pipeline, source.config
-    assert isinstance(pipeline, FamilyPipeline)
-    few = pipeline.few_steps(1, config.resolution[0])
-    scale = default_guidance(config)
-    if student.guidance_embedding is not None:
-        fold_guidance(student.backbone, student.guidance_embedding, scale)
-    with atomic_folder(out) as part:
-        copy_pipeline(pipeline, student.backbone.to(dtype), few.scheduler, part, dtype)
-        (part / PIPELINE_CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        (part / "README.md").write_text(family_card(pipeline, config, str(out), dtype), encoding="utf-8")
-
-
-def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Gemma and its tokenizer; None for other encoders, for which SanaSprintPipeline is to be given embeddings."""
-    if source.config.text.encoder != "gemma2":
-        return None, None
-    return text_pipeline_of(source.config).load_text_encoder(dtype)

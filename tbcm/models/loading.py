@@ -35,7 +35,7 @@ def freeze(net: nn.Module) -> nn.Module:
 def load_teacher(pipeline: Pipeline, dtype: torch.dtype, device: torch.device, **options: Any) -> SanaTrigFlow:
     """The frozen teacher, with weights in `dtype`; `options` go to SanaTrigFlow."""
     backbone = pipeline.load_transformer(dtype).to(device)
-    net = SanaTrigFlow(backbone, timestep_scale=pipeline.timestep_scale, differentiable=False, **options)
+    net = SanaTrigFlow(backbone, **{"timestep_scale": pipeline.timestep_scale, "differentiable": False} | options)
     freeze(net)
     return net
 

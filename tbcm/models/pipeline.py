@@ -30,6 +30,7 @@ from tbcm.models.architecture import (
     short,
 )
 from tbcm.models.families.codec import DeepCompression
+from tbcm.models.families.export import evenly
 from tbcm.models.json_files import read_json
 from tbcm.models.weights import check_files, choose_variant, guarded, load_weights
 
@@ -138,7 +139,8 @@ class Pipeline:
         return Flow(sampling_shift=self.sampling_shift).schedule(steps)
 
     def student_times(self, steps: int, size: Size) -> list[float]:
-        return student_times(steps, self.t_max)
+        """SanaSprintPipeline's where it runs the exported student, else those at which Sana's own pipeline is run."""
+        return student_times(steps, self.t_max) if abs(self.timestep_scale - 1) <= 1e-6 else evenly(steps)
 
     def encode(self, vae: AutoencoderDC, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""

@@ -23,8 +23,9 @@ from tbcm.build import build_parts
 from tbcm.config import Lora
 from tbcm.errors import UserError
 from tbcm.inference.adapter import adapter_pipeline, export_adapter
+from tbcm.inference.exporting import export
 from tbcm.inference.generation import open_sampler
-from tbcm.inference.student import export, open_source
+from tbcm.inference.student import open_source
 from tbcm.method.types import Condition
 from tbcm.models.families.rows import family_of
 from tbcm.models.loading import freeze, general_student

@@ -14,8 +14,9 @@ from families.tiny import BUILDERS, make
 from tbcm.build import build_parts
 from tbcm.config import Config, load_config
 from tbcm.errors import UserError
+from tbcm.inference.exporting import export
 from tbcm.inference.generation import NoiseSource, open_sampler
-from tbcm.inference.student import export, open_source
+from tbcm.inference.student import open_source
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.training.trainer import Trainer
 

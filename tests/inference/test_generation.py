@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tbcm import train
 from tbcm.config import load_config
+from tbcm.inference.exporting import export
 from tbcm.inference.generation import Sampler
-from tbcm.inference.student import export, load_student, open_source
+from tbcm.inference.student import load_student, open_source
 from tbcm.models.loading import freeze
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow

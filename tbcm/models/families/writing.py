@@ -15,8 +15,11 @@ from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.families.text import UNUSED
 
 
-def copy_pipeline(teacher: FamilyPipeline, network: nn.Module, scheduler: Any, out: Path, dtype: torch.dtype) -> None:
-    """Writes it to the folder `out`. Raises UserError where a part of the teacher's cannot be loaded."""
+def copy_pipeline(
+    teacher: FamilyPipeline, network: nn.Module, scheduler: Any, out: Path, dtype: torch.dtype, **parts: Any
+) -> None:
+    """Writes it to the folder `out`, with `parts` in the place of the teacher's. Raises UserError where a part of the
+    teacher's cannot be loaded."""
     cls = getattr(diffusers, teacher.index["_class_name"])
     taken = inspect.signature(cls.__init__).parameters
     options: dict[str, Any] = {part: None for part in UNUSED if part in taken}
@@ -31,6 +34,7 @@ def copy_pipeline(teacher: FamilyPipeline, network: nn.Module, scheduler: Any, o
             scheduler=scheduler,
             **{teacher.family.network: network},
             **options,
+            **parts,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{teacher.path}: cannot be loaded whole ({first_line(error)})") from None
