@@ -22,9 +22,8 @@ from tbcm_kernels.catalog import Dual
 from torch import Tensor, nn
 
 from tbcm.config import Lora
-from tbcm.errors import UserError, shown
+from tbcm.errors import UserError, first_line, shown
 from tbcm.models.differentiation.dual import dual, dual_rule, pointwise, pointwise_rule
-from tbcm.models.weights import first_line
 
 try:
     from peft import LoraConfig, inject_adapter_in_model

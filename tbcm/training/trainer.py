@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tbcm.build import Parts, autocast, dtype_of, switch
 from tbcm.config import Config, Precision
@@ -53,7 +53,8 @@ class Trainer:
         self.teacher, self.student, self.text = parts.teacher, parts.student, parts.text
         self.method = build_method(config, device, parts)
         self.source = self.method.source
-        self.blocks = self.student.blocks
+        # Adapters are small: gathered at once, outside of what torch.func.jvp differentiates.
+        self.blocks: Iterable[nn.Module] = () if config.student.lora else self.student.blocks
         self.wrapped = parallelize(self.student, self.blocks, config.parallel.mode, config.parallel.shard, device)
         self.dtype = dtype_of(config.student.precision, device)
         o, e = config.optimizer, config.ema

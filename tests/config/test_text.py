@@ -132,6 +132,15 @@ def test_a_file_extends_another_section_by_section(tmp_path: Path) -> None:
     assert "extends" not in config.to_yaml()
 
 
+def test_another_method_has_none_of_the_settings_of_the_first(tmp_path: Path) -> None:
+    files(tmp_path, base=MINIMAL + "method: {guidance: [3], route: {points: 4}}\n")
+    files(tmp_path, same="extends: base.yaml\nmethod: {name: tbcm, r: {final: 1}}\n")
+    files(tmp_path, other="extends: base.yaml\nmethod: {name: scm}\ndata: {images: icons}\n")
+    same, other = (load_config(tmp_path / name).method for name in ("same.yaml", "other.yaml"))
+    assert (same.guidance, same.route.points, same.r.final) == ([3], 4, 1)
+    assert other.name == "scm" and other.guidance != [3]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

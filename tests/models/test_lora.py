@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.test_sana_tangent import WAYS
+from models.sana.test_tangent import WAYS
 from sana_cases import Batch, backbone_of, every_backbone
 from torch import Tensor, nn
 
