@@ -44,7 +44,7 @@ def prepared(
 ) -> tuple[DiffusersNetwork, DiffusersNetwork, Condition, Tensor, Tensor]:
     """A tiny teacher, its student, the condition of two prompts, and two points (u, t) each."""
     tiny = make(name, dtype)
-    teacher, _ = network(tiny)
+    teacher, latents = network(tiny)
     freeze(teacher)
     condition, _ = family_of(type(tiny.pipe).__name__).encode(tiny.pipe, tiny.prompts, **tiny.size)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def prepared(
         guidance_embeds_scale=None,
     ).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    u = torch.randn(4, *student.shape, generator=generator, dtype=torch.float64).to(dtype)
+    u = torch.randn(4, *teacher.family.layout.shape(latents), generator=generator, dtype=torch.float64).to(dtype)
     return teacher, student, condition, u, torch.tensor([0.3, 0.7, 1.1, 1.4], dtype=dtype)
 
 
