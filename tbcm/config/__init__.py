@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
@@ -307,7 +307,7 @@ def _explain(error: Any) -> str:
         if key in RENAMED:
             return f"{key} (value {shown(error['input'])}) is now called {RENAMED[key]}"
         allowed = ", ".join(section.model_fields)
-        of = f" (method.name={keys_name})" if (keys_name := _default_name(section)) else ""
+        of = f" (method.name={keys_name})" if (keys_name := _name_of(section)) else ""
         return f"unknown key {shown(key)} (value {shown(error['input'])}); allowed here{of}: {allowed}"
     if kind == "missing":
         return f"{key} is missing"
@@ -328,7 +328,7 @@ def _place(location: tuple[str | int, ...]) -> tuple[list[str], type[BaseModel]]
     annotation: Any = Config
     for part in location:
         among = sections_of(annotation)
-        chosen = [one for one in among if len(among) > 1 and part == _default_name(one)]
+        chosen = [one for one in among if len(among) > 1 and part == _name_of(one)]
         if chosen:
             annotation = chosen[0]
             continue
@@ -340,7 +340,7 @@ def _place(location: tuple[str | int, ...]) -> tuple[list[str], type[BaseModel]]
     return keys, section
 
 
-def _default_name(section: type[BaseModel]) -> str | None:
+def _name_of(section: type[BaseModel]) -> str | None:
     """ "scm" for the settings of sCM; None for a section that is not one of several."""
     field = section.model_fields.get("name")
-    return field.default if field and section in sections_of(Method) else None
+    return get_args(field.annotation)[0] if field and section in sections_of(Method) else None

@@ -86,7 +86,7 @@ class Scm(_Consistency):
 
     from_images: ClassVar[bool] = True
 
-    name: Literal["scm"] = "scm"
+    name: Literal["scm"]
     times: Times = Times()
 
 
@@ -95,7 +95,7 @@ class Sprint(_Consistency):
 
     from_images: ClassVar[bool] = True
 
-    name: Literal["sprint"] = "sprint"
+    name: Literal["sprint"]
     times: Times = Times()
     adversary: Adversary = Adversary()
 

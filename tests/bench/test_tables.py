@@ -219,14 +219,14 @@ def test_a_recipe_that_has_changed_since_is_not_measured_yet(tmp_path: Path, mon
     runs = runs_of_tables(4, seeds=range(2), folder=tmp_path / "runs")
     trainings.do(runs, results, FakeRunner())
 
-    def report() -> str:
+    def told() -> str:
         figures = report.Figures(results.rows(), BUDGET, range(2))
         return report.markdown(table, figures, 10, results.floor(), {})
 
-    assert "Not measured yet" not in report() and "| random | 5.05 ±" in report()
+    assert "Not measured yet" not in told() and "| random | 5.05 ±" in told()
     changed = Arm("route_random", "", change=("method.route.kind=random", "optimizer.lr=2e-4"))
     monkeypatch.setitem(ARMS, "route_random", changed)
-    text = report()
+    text = told()
     assert "Not measured yet: random (seed 0, 1; measured with another recipe)." in text
     assert "| random |" in text and "| random | 5" not in text and "| logit-normal | 5.05 ±" in text
     assert [run.arm.name for run in runs_of_tables(4, seeds=range(2)) if results.missing(run)] == ["route_random"] * 2

@@ -173,7 +173,8 @@ def preview_between(out: Path) -> None:
         trainer.train_step()
         if looks:
             sampler = Mock(latents=partial(asked, trainer))
-            Previewer._latents(Mock(trainer=trainer, student=sampler, prompts=["red cat"]))
+            of = {"parts": trainer.parts, "wrapped": trainer.wrapped, "ema": trainer.ema}
+            Previewer._latents(Mock(**of, student=sampler, prompts=["red cat"]))
         trainer.train_step()
         weights.append(whole(trainer.student.state_dict()))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

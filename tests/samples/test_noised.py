@@ -67,7 +67,7 @@ def make(parts: Parts, **options: Any) -> NoisedLatents:
     arguments = {
         "shapes": {SIZE: parts.black[SIZE].shape},
         "device": CPU,
-        "method": Scm(guidance=[2.0, 3.0]),
+        "method": Scm(name="scm", guidance=[2.0, 3.0]),
         "t_max": T_MAX,
         "seed": 0,
         "prompts_per_step": PER_STEP,
@@ -128,7 +128,7 @@ def test_draws_are_a_function_of_seed_and_step(parts: Parts) -> None:
 
 
 def test_times_are_logit_normal_and_guidance_is_drawn_from_the_configured(parts: Parts) -> None:
-    method = Scm(times=Times(mean=-0.5, std=1.2), guidance=[2.0, 3.0])
+    method = Scm(name="scm", times=Times(mean=-0.5, std=1.2), guidance=[2.0, 3.0])
     data = make(parts, method=method, prompts_per_step=1000)
     drawn = data._draw(0)
     t = drawn.route[:, 0]
