@@ -138,7 +138,7 @@ def merged(student: DiffusersNetwork) -> DiffusersNetwork:
     for module in backbone.modules():
         module._forward_hooks.clear()
     merge(backbone)
-    plain = DiffusersNetwork(backbone.requires_grad_(), student.family, student.formulation, student.latents)
+    plain = DiffusersNetwork(backbone.requires_grad_(), student.family, student.formulation, student.channels)
     plain.guidance_embedding = copy.deepcopy(student.guidance_embedding)
     return plain
 
