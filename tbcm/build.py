@@ -16,6 +16,7 @@ from torch import Tensor
 from tbcm.config import Config, Precision, Switch
 from tbcm.config.resolution import Size
 from tbcm.data.captions import PromptSource
+from tbcm.data.conditions import CachedConditions
 from tbcm.data.embeddings import CachedEncoder
 from tbcm.data.images import CaptionedImages, open_images
 from tbcm.data.latents import CaptionedLatents, PrecomputedLatents
@@ -229,9 +230,7 @@ def build_text(config: Config, device: torch.device) -> Text:
 
 
 def build_encoder(config: Config, device: torch.device) -> TextEncoder:
-    """Sana's. Raises UserError for a teacher of another family, whose own pipeline encodes."""
-    if isinstance(pipeline_of(config), FamilyPipeline):
-        raise UserError(f"{config.teacher.path}: only the text of Sana's teachers can be encoded beforehand")
+    """Sana's."""
     if config.text.encoder == "minilm":
         encoder = MiniLMEncoder(config.text.max_tokens, device)
         check_text_width(config, encoder.dim)
@@ -260,6 +259,12 @@ def text_weights(config: Config, device: torch.device) -> torch.dtype:
 def text_identity(config: Config) -> dict[str, Any]:
     """What decides a prompt's states, but for rounding: a cache must agree with the configuration in all of it."""
     text, teacher = config.text, pipeline_of(config)
+    if isinstance(teacher, FamilyPipeline):
+        return {
+            "teacher.path": model_identity(teacher.location, teacher.revision, teacher.text_parts),
+            "pipeline": teacher.family.pipeline,
+            "resolution": [list(size) for size in config.resolution],
+        }
     gemma = text.encoder == "gemma2"
     where, revision = (text.path, None) if text.path else (teacher.location, teacher.revision)
     return {
@@ -270,17 +275,18 @@ def text_identity(config: Config) -> dict[str, Any]:
     }
 
 
-def build_cached_text(config: Config, prompts: PromptSource, device: torch.device) -> TextConditions:
+def build_cached_text(config: Config, prompts: PromptSource, device: torch.device) -> Text:
     """Without a text encoder. Raises UserError where the cache is not of this configuration and these prompts."""
     assert config.text.cache is not None
-    if isinstance(pipeline_of(config), FamilyPipeline):
-        raise UserError("text.cache holds the states of Sana's text encoders: with this teacher leave it out")
-    encoder = CachedEncoder(config.text.cache, device)
-    encoder.check(distributed.run_on_main(lambda: {**text_identity(config), "data.prompts": prompts.digest()}))
-    check_text_width(config, encoder.dim)
-    if unknown := [prompt for prompt in config.log.preview_prompts if prompt not in encoder]:
+    family = isinstance(pipeline_of(config), FamilyPipeline)
+    cached = CachedConditions(config.text.cache, device) if family else CachedEncoder(config.text.cache, device)
+    cached.check(distributed.run_on_main(lambda: {**text_identity(config), "data.prompts": prompts.digest()}))
+    if unknown := [prompt for prompt in config.log.preview_prompts if prompt not in cached]:
         raise UserError(f"log.preview_prompts: {unknown[0]!r} is not in text.cache={config.text.cache}; take it out")
-    return TextConditions(encoder, config.teacher.null_mask)
+    if isinstance(cached, CachedConditions):
+        return cached
+    check_text_width(config, cached.dim)
+    return TextConditions(cached, config.teacher.null_mask)
 
 
 def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> AnyNetwork:

@@ -33,6 +33,7 @@ It may be stopped at any time: the same command goes on, and keeps every file th
 see OUT. bf16 is exact where the encoder's weights are bf16 (auto: on CUDA from Ampere on) and takes 1.4 MB for 300
 tokens of Gemma-2; padding is not stored. Training refuses a cache of another encoder, instruction, text.max_tokens or
 other prompts, and of a damaged one those files that are missing or cut; --verify finds a single wrong bit.
+Of a teacher of another family than Sana all that its pipeline tells its network is stored, for the sizes in resolution.
 """
 
 
@@ -84,25 +85,37 @@ def encode_prompts(
     config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 32, verify: bool = False
 ) -> None:
     """Fills the folder `out` with the states of data.prompts. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_encoder, build_prompts, text_identity, text_weights
+    from tbcm.build import build_encoder, build_prompts, build_text, pipeline_of, text_identity, text_weights
+    from tbcm.data.condition_writer import ConditionWriter
     from tbcm.data.embedding_writer import CacheWriter
     from tbcm.data.embeddings import NULL
     from tbcm.data.sharded import progress_bar, share
+    from tbcm.models.families.pipeline import FamilyPipeline
+    from tbcm.models.families.text import RecordedConditions
     from tbcm.runtime import distributed
 
     prompts = build_prompts(config.model_copy(update={"out": out}))
     computed_in = str(text_weights(config, device)).removeprefix("torch.")
-    writer = CacheWriter(Path(out), {**text_identity(config), "computed_in": computed_in, "dtype": dtype})
+    family = isinstance(pipeline_of(config), FamilyPipeline)
+    kind = ConditionWriter if family else CacheWriter
+    writer = kind(Path(out), {**text_identity(config), "computed_in": computed_in, "dtype": dtype})
     distributed.run_on_main(lambda: writer.begin(prompts))
     todo, whole = share(writer.names, writer.is_whole)
     if verify:
         mine = [name for name in writer.names if name in whole][distributed.rank() :: distributed.world_size()]
         todo += [name for name in mine if not writer.is_whole(name, verify=True)]
     if todo:
-        encoder = build_encoder(config, device)
+        text = build_text(config, device) if family else None
+        encoder = None if family else build_encoder(config, device)
         with progress_bar(sum(len(writer.prompts(name)) for name in todo), "prompt") as progress:
             for name in todo:
-                writer.write(name, _encoded(encoder, writer.prompts(name), batch, name != NULL, progress))
+                if isinstance(writer, ConditionWriter):
+                    assert isinstance(text, RecordedConditions)
+                    writer.encode(text, name, batch, config.resolution)
+                    progress.update(len(writer.prompts(name)))
+                else:
+                    assert encoder is not None
+                    writer.write(name, _encoded(encoder, writer.prompts(name), batch, name != NULL, progress))
     distributed.barrier()
     manifest = distributed.run_on_main(lambda: writer.finish(prompts))
     logging.getLogger("tbcm").info("%s", summary(manifest, out, kept=len(whole)))
@@ -120,10 +133,13 @@ def _encoded(
 def summary(manifest: dict[str, Any], out: str, kept: int) -> str:
     files = manifest["files"].values()
     size, tokens = sum(file["bytes"] for file in files), sum(file.get("tokens", 0) for file in files)
+    counted = f"{out}: {manifest['distinct_prompts']:,} distinct prompts of {manifest['prompts']:,}"
+    there = f"{size / 1e6:,.1f} MB" + f" ({kept:,} files were there already)" * bool(kept)
+    if "prompts_that_fill_max_tokens" not in manifest:
+        return f"{counted}, {there}"
     longest, full = manifest["made_with"]["text.max_tokens"], manifest["prompts_that_fill_max_tokens"]
     return (
-        f"{out}: {manifest['distinct_prompts']:,} distinct prompts of {manifest['prompts']:,}, {tokens:,} tokens,"
-        f" {size / 1e6:,.1f} MB" + f" ({kept:,} files were there already)" * bool(kept) + ";"
+        f"{counted}, {tokens:,} tokens, {there};"
         f" {full:,} prompts fill all {longest} tokens, what they have beyond is cut off"
     )
 

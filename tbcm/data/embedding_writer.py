@@ -28,6 +28,8 @@ class CacheWriter:
         made_with: all that decides the states, configuration key -> value, and "dtype", which they are kept in.
     """
 
+    kind = STATES
+
     def __init__(self, folder: Path, made_with: Mapping[str, Any]) -> None:
         self.folder, self.made_with = folder, dict(made_with)
         self.dtype: torch.dtype = getattr(torch, self.made_with["dtype"])
@@ -37,7 +39,7 @@ class CacheWriter:
 
         Raises UserError where the folder holds a finished cache that was made with other settings.
         """
-        STATES.begin(self.folder, self.made_with)
+        self.kind.begin(self.folder, self.made_with)
         distinct = pc.unique(source.texts)
         table = pa.table({"prompt": distinct, "order": pc.sort_indices(distinct)})
         with atomic_path(self.folder / PROMPTS) as part, pa.ipc.new_file(str(part), table.schema) as writer:
@@ -57,7 +59,7 @@ class CacheWriter:
     def is_whole(self, name: str, *, verify: bool = False) -> bool:
         """Whether a file is there, of these prompts and settings and in its full length; and, to `verify`, unchanged
         to the last bit."""
-        return STATES.is_whole(self.folder / name, self._key(name), "states", "offsets", verify=verify)
+        return self.kind.is_whole(self.folder / name, self._key(name), verify=verify)
 
     def write(self, name: str, encoded: Iterable[tuple[Tensor, Tensor]]) -> None:
         """A file from the states and masks of its prompts, batch by batch as an encoder returns them."""
@@ -69,8 +71,7 @@ class CacheWriter:
 
     def finish(self, source: PromptSource) -> dict[str, Any]:
         """Writes the manifest and returns it. Rank 0 does, when all files are there."""
-        for name in {path.name for path in self.folder.glob("shard-*.safetensors")} - set(self.names):
-            (self.folder / name).unlink()  # of a longer list of prompts
+        self.remove_others()
         shards = [Shard(self.folder / name) for name in self.names]
         longest = self.made_with["text.max_tokens"]
         files = {PROMPTS: {"prompts": len(self._distinct)}} | {
@@ -91,12 +92,17 @@ class CacheWriter:
         write_json(self.folder / MANIFEST, manifest)
         return manifest
 
+    def remove_others(self) -> None:
+        """Shards of a longer list of prompts."""
+        for name in {path.name for path in self.folder.glob("shard-*.safetensors")} - set(self.names):
+            (self.folder / name).unlink()
+
     @cached_property
     def _distinct(self) -> PromptSource:
         return open_prompts(self.folder / PROMPTS)
 
     def _key(self, name: str) -> str:
-        return key_of(STATES.format, key_of_settings(self.made_with), self.prompts(name))
+        return key_of(self.kind.format, key_of_settings(self.made_with), self.prompts(name))
 
 
 def _without_padding(embeds: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

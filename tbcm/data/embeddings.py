@@ -64,7 +64,7 @@ class CachedEncoder:
         self.dim: int = self.manifest["dim"]
         self.max_tokens: int = self.manifest["made_with"]["text.max_tokens"]
         self._dtype: torch.dtype = getattr(torch, self.manifest["made_with"]["dtype"])
-        self._prompts, self._order = _distinct(self.folder / PROMPTS)
+        self._distinct = Distinct(self.folder / PROMPTS, STATES)
         self._shards: dict[str, Shard] = {}
 
     def check(self, wanted: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class CachedEncoder:
             )
 
     def __contains__(self, prompt: str) -> bool:
-        return self._row(prompt) is not None
+        return self._distinct.row(prompt) is not None
 
     def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
         """See `TextEncoder.encode`; states of padding are 0.
@@ -98,7 +98,7 @@ class CachedEncoder:
         return functional.embedding(index, tokens).float(), index < total
 
     def _states(self, prompt: str) -> Tensor:
-        row = self._row(prompt)
+        row = self._distinct.row(prompt)
         if row is None:
             raise UserError(f"{self.folder} has no states of the prompt {prompt!r}: it was made from other prompts")
         shard, place = divmod(row, SHARD_PROMPTS)
@@ -108,16 +108,6 @@ class CachedEncoder:
         if prompt:
             raise UserError(f"{self.folder} has states without instruction of the null prompt only, not of {prompt!r}")
         return self._shard(NULL)[0]
-
-    def _row(self, prompt: str) -> int | None:
-        """Where `prompt` is among the distinct prompts."""
-
-        def text(row: int) -> str:
-            return self._prompts[int(row)].as_py()
-
-        place = bisect_left(self._order, prompt, key=text)
-        found = place < len(self._order) and text(self._order[place]) == prompt
-        return int(self._order[place]) if found else None
 
     def _shard(self, name: str) -> Shard:
         if name not in self._shards:
@@ -155,17 +145,28 @@ class Shard:
         return self.states[self._starts[prompt] : self._starts[prompt + 1]]
 
 
-def _distinct(file: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """The distinct prompts, and their sorted order."""
-    table = map_table(file)
-    if table.column_names != ["prompt", "order"] or not pa.types.is_integer(table.schema.field("order").type):
-        raise STATES.damaged(file, "it has other columns than prompts and their order")
-    prompts, order = table["prompt"], table["order"]
-    order = order.to_numpy()
-    strings = pa.types.is_string(prompts.type) or pa.types.is_large_string(prompts.type)
-    if not strings or prompts.null_count or table["order"].null_count or not _is_permutation(order):
-        raise STATES.damaged(file, "its order is none of its prompts")
-    return prompts, order
+class Distinct:
+    """A cache's distinct prompts, found by their text. Raises UserError where their file is damaged."""
+
+    def __init__(self, file: Path, kind: Kind) -> None:
+        table = map_table(file)
+        if table.column_names != ["prompt", "order"] or not pa.types.is_integer(table.schema.field("order").type):
+            raise kind.damaged(file, "it has other columns than prompts and their order")
+        self._prompts, self._order = table["prompt"], table["order"].to_numpy()
+        strings = pa.types.is_string(self._prompts.type) or pa.types.is_large_string(self._prompts.type)
+        holes = self._prompts.null_count or table["order"].null_count
+        if not strings or holes or not _is_permutation(self._order):
+            raise kind.damaged(file, "its order is none of its prompts")
+
+    def row(self, prompt: str) -> int | None:
+        """Where `prompt` is among them."""
+
+        def text(row: int) -> str:
+            return str(self._prompts[int(row)].as_py())
+
+        place = bisect_left(self._order, prompt, key=text)
+        found = place < len(self._order) and text(self._order[place]) == prompt
+        return int(self._order[place]) if found else None
 
 
 def _is_permutation(order: np.ndarray) -> bool:

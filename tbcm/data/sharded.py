@@ -112,11 +112,21 @@ class Kind:
         except (OSError, SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise UserError(f"{path}: missing or damaged ({reason(error)}); {self.again}") from None
 
+    def read_all(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        """As `read`, of all tensors by their names, sorted."""
+        try:
+            with safe_open(path, "pt") as file:
+                names = sorted(file.keys())
+        except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path}: missing or damaged ({reason(error)}); {self.again}") from None
+        metadata, tensors = self.read(path, *names)
+        return metadata, dict(zip(names, tensors, strict=True))
+
     def is_whole(self, path: Path, key: str, *names: str, verify: bool = False) -> bool:
         """Whether a file is there, with that `key` and in its full length; and, to `verify`, unchanged to the last
-        bit."""
+        bit. Of its tensors `names` are looked at, or all."""
         try:
-            metadata, tensors = self.read(path, *names)
+            metadata, tensors = self.read(path, *(names or self.read_all(path)[1]))
         except UserError:
             return False
         return metadata.get("key") == key and (not verify or metadata.get("sha256") == _digest(tensors))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbcm.errors import UserError
 from tbcm.method.formulation import Formulation
 from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import per_sample
@@ -179,6 +180,9 @@ class DiffusersNetwork(nn.Module):
         """Tokens [B, T, D] after the blocks `layers` (ascending, from 0), with a graph to u; later blocks do not run.
 
         For discriminators on a frozen network (arguments as for `forward`).
+
+        Raises:
+            UserError: a block whose output is not the image's tokens alone.
         """
         blocks, found = self.blocks, {}
 
@@ -198,6 +202,13 @@ class DiffusersNetwork(nn.Module):
                 hooks.callback(blocks[index].register_forward_hook(note(index)).remove)
             with suppress(_EnoughError):
                 self.answer(u, t, _shared_out(u, condition), guidance)
+        wanted = u.shape[0], math.prod(self.grid(*u.shape[-2:])), self.width
+        for index in layers:
+            if found[index].shape != wanted:
+                raise UserError(
+                    f"method.adversary.layers: block {index} of {self.family.pipeline} gives"
+                    f" {list(found[index].shape)}, not the image's tokens {list(wanted)} alone; choose others"
+                )
         return [found[index] for index in layers]
 
     # Inside

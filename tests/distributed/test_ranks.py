@@ -40,7 +40,8 @@ def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def train(runs: dict[Path, Sections]) -> None:
     """Each run's student and average, at its end."""
     for out, sections in runs.items():
-        config = tiny_config(out, **{name: BASE.get(name, {}) | sections.get(name, {}) for name in {*BASE, *sections}})
+        base = {name: BASE[name] | sections.get(name, {}) for name in BASE}
+        config = tiny_config(out, **sections | base)
         trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
         trainer.run()
         sharded = config.parallel.mode == "fsdp"
@@ -188,3 +189,12 @@ def asked(trainer: Trainer, prompts: list[str], *, steps: int) -> Tensor:
 
 def test_a_preview_of_a_sharded_student_changes_nothing(tmp_path: Path) -> None:
     on_ranks(2, preview_between, tmp_path)
+
+
+def test_nor_with_images_of_several_sizes(tmp_path: Path) -> None:
+    sizes: Any = [[64, 64], [48, 80], [80, 48]]
+    drawn: dict[str, Any] = {"resolution": sizes, "train": {"seed": 3}}  # a step of each
+    train({tmp_path / "single": drawn})
+    on_ranks(2, train, {tmp_path / "ddp": drawn, tmp_path / "fsdp": drawn | FSDP})
+    for name in ("ddp", "fsdp"):
+        assert_same_run(tmp_path / "single", tmp_path / name)

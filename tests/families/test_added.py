@@ -26,8 +26,9 @@ def test_it_is_short() -> None:
     assert len(EXAMPLE.splitlines()) <= 40
 
 
-def test_it_is_a_teacher() -> None:
-    test_teachers.test_velocity_and_step_are_the_pipelines_own(NAME)
+@pytest.mark.parametrize("shape", ["square", "wide"])
+def test_it_is_a_teacher(shape: str) -> None:
+    test_teachers.test_velocity_and_step_are_the_pipelines_own(NAME, shape)
 
 
 def test_it_is_a_student() -> None:

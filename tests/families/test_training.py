@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from families.tiny import BUILDERS, make
+from PIL import Image
 
 from tbcm.build import build_parts
 from tbcm.config import Config, load_config
@@ -89,6 +90,64 @@ def test_train_resume_export_and_sample(name: str, tmp_path: Path) -> None:
     theirs = open_sampler(str(tmp_path / "out"), device="cpu")
     torch.testing.assert_close(theirs.latents(prompts[:1], steps=1, seed=3), latents, rtol=1e-3, atol=1e-4)
     by_diffusers(tmp_path / "out", prompts[:1], latents)
+
+
+def of_images(name: str, folder: Path, method: dict[str, Any]) -> Config:
+    """The same run, of a baseline: on three pictures of several shapes."""
+    written(name, folder)
+    (folder / "pictures").mkdir()
+    for i in range(3):
+        picture = torch.randint(256, (30 - 4 * i, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(picture.numpy()).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text("a red panda" if i else "blue cat")
+    tree = yaml.safe_load((folder / "c.yaml").read_text())
+    r = {"warmup_steps": 0, "final": 1.0, "cooldown_start": None}
+    tree |= {"method": {"guidance": [2.0, 4.0], "r": r, **method}, "resolution": [[16, 16], [24, 16]]}
+    tree["data"]["images"] = str(folder / "pictures")
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree))
+    return load_config(folder / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "pixart"])
+def test_scm(name: str, tmp_path: Path) -> None:
+    config = of_images(name, tmp_path, {"name": "scm"})
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    assert_moves(trainer)
+    (batch,) = trainer.source(0)
+    assert batch.trajectory.x.shape[1] == 1 and batch.trajectory.dxdt.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "flux"])
+def test_sprint(name: str, tmp_path: Path) -> None:
+    """Its discriminator sees the frozen teacher's tokens of the image, of each block's own output."""
+    config = of_images(name, tmp_path, {"name": "sprint", "adversary": {"lr": 1e-3}})
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    heads = {key: value.clone() for key, value in trainer.method.trained.state_dict().items()}
+    assert_moves(trainer)
+    assert any(not torch.equal(value, heads[key]) for key, value in trainer.method.trained.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+
+
+def assert_moves(trainer: Trainer) -> None:
+    before = weights(trainer)
+    for _ in range(3):
+        trainer.train_step()
+    after = weights(trainer)
+    assert sum(not torch.equal(value, before[key]) for key, value in after.items()) > len(after) / 2
+    assert int(trainer.guard.total) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "words"),
+    [
+        ("sdxl", None, "U-Net differ in width .* choose method.name=scm"),
+        ("auraflow", [1], "block 1 of AuraFlowPipeline"),
+    ],
+)
+def test_what_no_discriminator_can_look_at(name: str, layers: list[int] | None, words: str, tmp_path: Path) -> None:
+    config = of_images(name, tmp_path, {"name": "sprint", "adversary": {"layers": layers}})
+    with pytest.raises(UserError, match=words):
+        Trainer(config, CPU, build_parts(config, CPU)).train_step()
 
 
 def by_diffusers(folder: Path, prompts: list[str], latents: torch.Tensor) -> None:

@@ -96,6 +96,12 @@ class FamilyPipeline:
         return codec_of(self.index["vae"][1], self._config("vae")).compression
 
     @property
+    def text_parts(self) -> list[str]:
+        """Its components that encode prompts, by name."""
+        others = (self.family.network, "vae", "scheduler")
+        return sorted(part for part, entry in self.index.items() if isinstance(entry, list) and part not in others)
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Shape of one sample's latents as its codec has them, without height and width."""
         return self.codec.shape(0, 0)[:-2]

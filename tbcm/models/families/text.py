@@ -31,6 +31,11 @@ class RecordedConditions:
         self.pipe, self.family = pipe, family
 
     @property
+    def example(self) -> str:
+        """A prompt that the pipeline takes."""
+        return self.family.example
+
+    @property
     def modules(self) -> list[nn.Module]:
         parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         return [part for part in parts if not any(p.is_meta for p in part.parameters())]

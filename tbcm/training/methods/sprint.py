@@ -13,6 +13,7 @@ from tbcm.config import Config
 from tbcm.config.methods import Sprint as Settings
 from tbcm.errors import UserError
 from tbcm.method.types import Network
+from tbcm.models.network import DiffusersNetwork
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime import distributed
 from tbcm.samples.rollouts import Batch
@@ -57,9 +58,14 @@ class Sprint(Scm):
 
 
 def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adversary:
-    """Raises UserError for layers that the teacher does not have."""
+    """Raises UserError for layers that the teacher does not have, or whose outputs differ in width."""
     settings, train = config.method, config.train
     assert isinstance(settings, Settings)
+    if isinstance(parts.teacher, DiffusersNetwork) and parts.teacher.family.network == "unet":
+        raise UserError(
+            f"method.name=sprint: the blocks of {parts.teacher.family.pipeline}'s U-Net differ in width and resolution,"
+            " and the discriminator takes tokens of one kind: choose method.name=scm"
+        )
     blocks = len(parts.teacher.blocks)
     if settings.adversary.layers and max(settings.adversary.layers) >= blocks:
         raise UserError(
