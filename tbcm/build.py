@@ -314,7 +314,8 @@ def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:
     }
     with seeded(device, config.train.seed, "student"):
         if isinstance(teacher, DiffusersNetwork):
-            return general_student(teacher, lora=student.lora, **options)
+            guided = len(set(config.method.guidance)) > 1
+            return general_student(teacher, guided=guided, lora=student.lora, **options)
         options |= {"derivative": student.derivative, "text_once": config.text.once}
         if student.lora:
             return lora_student_from_teacher(teacher, student.lora, **options)

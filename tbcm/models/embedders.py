@@ -82,6 +82,7 @@ def fold_guidance(backbone: nn.Module, embedding: GuidanceEmbedding, guidance: f
     for embedder, g in zip(found, embedding(torch.full((1,), guidance, device=device)), strict=True):
         if embedder.last.bias is None:
             raise UserError(
-                f"{embedder.name} has no bias: the guidance scale {guidance:g} cannot be folded into it for export"
+                f"{embedder.name} has no bias: the guidance scale {guidance:g} cannot be folded into it for export;"
+                f" a student of one scale (method.guidance=[{guidance:g}]) embeds none and can be exported"
             )
         embedder.last.bias.add_(g[0].to(embedder.last.bias))

@@ -117,6 +117,7 @@ def _guided_config(teacher: SanaTrigFlow, guidance_embeds_scale: float | None) -
 def general_student(
     teacher: DiffusersNetwork,
     *,
+    guided: bool = True,
     lora: Lora | None = None,
     tangent: TangentMode,
     checkpointing: Checkpointing,
@@ -125,8 +126,9 @@ def general_student(
 ) -> DiffusersNetwork:
     """A trainable fp32 student of any family that starts equal to the conditional teacher, on the teacher's device.
 
-    Where the teacher embeds no guidance it gets an embedding of it that is zero at first. With `lora` its weights are
-    the teacher's, and adapters on them are trained (see `tbcm.models.lora`).
+    Where the teacher embeds no guidance it gets an embedding of it that is zero at first, unless it is not `guided`:
+    that of one scale needs none. With `lora` its weights are the teacher's, and adapters on them are trained (see
+    `tbcm.models.lora`).
 
     Raises:
         UserError: checkpointing that this network cannot do.
@@ -144,7 +146,7 @@ def general_student(
             teacher.family,
             teacher.formulation,
             teacher.channels,
-            guided=True,
+            guided=guided,
             guidance_embeds_scale=guidance_embeds_scale or 1.0,
             logvar=True,
             tangent=tangent,

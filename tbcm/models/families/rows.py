@@ -64,7 +64,13 @@ ROWS = (
     Family("PixArtSigmaPipeline", formulation=diffusion, always=_NO_BINS),
     Family("StableDiffusion3Pipeline", most_tokens=lambda config: config["pos_embed_max_size"]),
     Family("SanaPipeline", formulation=_sana_time, always=_NO_BINS),
-    Family("WanPipeline", layout=Video(), times="terminal", most_tokens=lambda config: config["rope_max_seq_len"]),
+    Family(
+        "WanPipeline",
+        layout=Video(),
+        times="terminal",
+        always={"num_frames": 1},
+        most_tokens=lambda config: config["rope_max_seq_len"],
+    ),
     Family("CogView4Pipeline", formulation=_cogview4_time, ragged=("encoder_hidden_states",), times="timesteps"),
     Family(
         "AuraFlowPipeline",
