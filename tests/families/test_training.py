@@ -14,8 +14,9 @@ import yaml
 from families.tiny import BUILDERS, make
 from PIL import Image
 
-from tbcm.build import build_parts
+from tbcm.build import build_latents, build_parts
 from tbcm.config import Config, load_config
+from tbcm.encode_images import encode_dataset
 from tbcm.errors import UserError
 from tbcm.inference.exporting import export
 from tbcm.inference.generation import NoiseSource, open_sampler
@@ -133,6 +134,17 @@ def test_scm(name: str, tmp_path: Path) -> None:
     assert_moves(trainer)
     (batch,) = trainer.source(0)
     assert batch.trajectory.x.shape[1] == 1 and batch.trajectory.dxdt.isfinite().all()
+
+
+def test_latents_are_computed_once_by_any_autoencoder(tmp_path: Path) -> None:
+    config = of_images("flux", tmp_path, {"name": "scm"}).model_copy(update={"resolution": ((24, 16),)})
+    encode_dataset(config, str(tmp_path / "latents"), CPU, dtype="float32", batch=2)
+    data = config.data.model_copy(update={"images": None, "latents": str(tmp_path / "latents")})
+    stored, vae = build_latents(config.model_copy(update={"data": data}), CPU)
+    made, _ = build_latents(config, CPU)
+    (ours, _), (theirs, _) = (source.latents([2, 0, 1], (24, 16)) for source in (stored, made))
+    assert vae is None
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart", "flux"])
