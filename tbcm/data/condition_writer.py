@@ -19,7 +19,6 @@ from tbcm.data.embeddings import NULL, PROMPTS
 from tbcm.data.sharded import MANIFEST
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
-from tbcm.models.families.family import LENGTH
 from tbcm.runtime.files import write_json
 
 Rows = list[dict[str, Tensor]]
@@ -45,17 +44,17 @@ class ConditionWriter(CacheWriter):
         """Writes a file of the prompts' conditions, or of the unconditional branch's and static values."""
         if name == NULL:
             nulls = {size: text.null_prompt(size) for size in sizes}
-            found = {size: [] if null is None else rows(null, LENGTH) for size, null in nulls.items()}
+            found = {size: [] if null is None else rows(null) for size, null in nulls.items()}
             self._write(name, _by_size(found), self._statics(text, nulls))
             return
         prompts = self.prompts(name)
         found = {size: [] for size in sizes}
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
-            first = rows(text(some, sizes[0]), LENGTH)
+            first = rows(text(some, sizes[0]))
             found[sizes[0]] += first
             for size in sizes[1:]:
-                found[size] += rows(text(some, size), LENGTH) if self._sized(text, sizes) else first
+                found[size] += rows(text(some, size)) if self._sized(text, sizes) else first
         self._write(name, _by_size(found), {})
 
     def finish(self, source: PromptSource) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, Distinct, shard_n
 from tbcm.data.sharded import Kind, Manifest, differences
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
+from tbcm.models.families.family import LENGTH
 
 
 class ConditionsManifest(Manifest):
@@ -95,7 +96,10 @@ class CachedConditions:
         for where in (self._first, shown_size(size)):  # what differs from the first size's takes its place
             for key in (key for key in shard if key.startswith(f"values/{where}/")):
                 argument = key.removeprefix(f"values/{where}/")
-                found[argument] = _row(shard[key], shard[f"shapes/{where}/{argument}"], place).to(self.device)[None]
+                row = _row(shard[key], shard[f"shapes/{where}/{argument}"], place)[None]
+                found[argument] = (
+                    row if argument.endswith(LENGTH) else row.to(self.device)
+                )  # lengths: a host needs them
         return found
 
     def _static(self, whose: str, size: Size) -> dict[str, Any]:
@@ -118,16 +122,16 @@ class CachedConditions:
 def _row(values: Tensor, shapes: Tensor, place: int) -> Tensor:
     sizes = shapes.prod(1)
     start = int(sizes[:place].sum())
-    return values[start : start + int(sizes[place])].view(*shapes[place].tolist())
+    return values[start : start + int(sizes[place])].view(shapes[place].tolist())
 
 
-def rows(condition: Condition, lengths: str) -> list[dict[str, Tensor]]:
-    """Each prompt's tensors, without the padding of ragged text, whose length is beside it (named with `lengths`)."""
+def rows(condition: Condition) -> list[dict[str, Tensor]]:
+    """Each prompt's tensors, without the padding of ragged text, whose length is beside it."""
     found = []
     for place in range(len(condition)):
         tensors = {name: value[place] for name, value in condition.tensors.items()}
         for name in list(tensors):
-            if name + lengths in tensors:
-                tensors[name] = tensors[name][: int(tensors[name + lengths])]
+            if name + LENGTH in tensors:
+                tensors[name] = tensors[name][: int(tensors[name + LENGTH])]
         found.append(tensors)
     return found
