@@ -103,7 +103,7 @@ def _call(pipeline: FamilyPipeline, config: Config, steps: int) -> list[str]:
         **pipeline.family.sized_call(size),
     }
     named = (f"    {name}={value!r}," for name, value in arguments.items())
-    return ['pipe.to("cuda")', "image = pipe(", *named, ").images[0]"]
+    return ['pipe.to("cuda")', "image = pipe(", *named, f").{pipeline.family.output}[0]"]
 
 
 def _code(lines: list[str]) -> str:

@@ -84,6 +84,7 @@ class Family:
         prompts: a list of prompts as arguments of the pipeline.
         guided: what else makes it run both branches; `unguided`: what makes it run one.
         sized: whether its call takes a height and a width; `always`: what else it is to be told.
+        output: where its call's answer has the images, or videos.
         most_tokens: of its network's configuration, for how many tokens along a side there are positions (None: any).
         example: a prompt that any of its pipelines takes.
         times: how its call is told the times: "sigmas" or "timesteps" are arguments, "grid" is its scheduler's own for
@@ -109,6 +110,7 @@ class Family:
     times: Literal["sigmas", "timesteps", "grid", "terminal"] = "sigmas"
     sized: bool = True
     always: Mapping[str, Any] = field(default_factory=dict)
+    output: Literal["images", "frames"] = "images"
     most_tokens: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     example: str = "a red panda"
 

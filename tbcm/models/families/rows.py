@@ -69,6 +69,7 @@ ROWS = (
         layout=Video(),
         times="terminal",
         always={"num_frames": 1},
+        output="frames",
         most_tokens=lambda config: config["rope_max_seq_len"],
     ),
     Family("CogView4Pipeline", formulation=_cogview4_time, ragged=("encoder_hidden_states",), times="timesteps"),
