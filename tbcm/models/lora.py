@@ -63,9 +63,10 @@ def add_lora(backbone: nn.Module, lora: Lora, leave_out: Sequence[str] = ()) -> 
     """
     there = [name for name, layer in backbone.named_modules() if _takes_adapter(layer) and name not in leave_out]
     names = matching(lora.targets or DEFAULT_TARGETS, there, type(backbone).__name__)
+    alpha: Any = lora.alpha or lora.rank  # peft says int, and divides it
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha or lora.rank,
+        lora_alpha=alpha,
         target_modules="|".join(map(re.escape, names)),  # a regular expression: each name whole
     )
     inject_adapter_in_model(config, backbone)
@@ -121,9 +122,9 @@ def state_of(backbone: nn.Module, shifts: Mapping[str, Tensor]) -> dict[str, Ten
     """The adapters as diffusers loads them, with alpha / rank in B so that they count once for every reader. `shifts`
     [width] are constants behind layers, by name: adapters' biases, of which then all have one."""
     layers = adapted(backbone)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in dict.fromkeys((*layers, *shifts)):
-        layer = backbone.get_submodule(name)
+        layer: Any = backbone.get_submodule(name)
         if name in layers:
             a, b = factors(layer)
         else:

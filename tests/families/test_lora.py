@@ -204,7 +204,7 @@ def test_train_resume_and_export_the_adapter(name: str, tmp_path: Path) -> None:
         open_source(str(tmp_path / "adapter"))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "teacher")
     pipeline = adapter_pipeline(open_source(source))
-    few = pipeline.few_steps(1)
+    few = pipeline.few_steps(1, trainer.config.resolution[0])
     pipe.scheduler = type(few.scheduler).from_pretrained(tmp_path / "adapter", subfolder="scheduler")
     pipe.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors")
     draws_the_same(pipe, pipeline, prompts, latents)
