@@ -19,9 +19,9 @@ from speed.measure import PHASES, Measured, flops_of, freed, quiet
 from speed.timing import matmul_rate
 from tqdm import tqdm
 
-from tbcm.build import dtype_of
 from tbcm.errors import UserError, command
 from tbcm.runtime.allocator import reuse_freed_memory
+from tbcm.setup.precision import dtype_of
 
 COLUMNS = {
     "arm": "arm",

@@ -85,7 +85,6 @@ def encode_prompts(
     config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 32, verify: bool = False
 ) -> None:
     """Fills the folder `out` with the states of data.prompts. Every rank calls it and takes its share of the files."""
-    from tbcm.build import build_encoder, build_prompts, build_text, pipeline_of, text_identity, text_weights
     from tbcm.data.condition_writer import ConditionWriter
     from tbcm.data.embedding_writer import CacheWriter
     from tbcm.data.embeddings import NULL
@@ -93,6 +92,8 @@ def encode_prompts(
     from tbcm.models.families.pipeline import FamilyPipeline
     from tbcm.models.families.text import RecordedConditions
     from tbcm.runtime import distributed
+    from tbcm.setup.networks import pipeline_of
+    from tbcm.setup.text import build_encoder, build_prompts, build_text, text_identity, text_weights
 
     prompts = build_prompts(config.model_copy(update={"out": out}))
     computed_in = str(text_weights(config, device)).removeprefix("torch.")

@@ -78,19 +78,12 @@ def main() -> None:
 
 def encode_dataset(config: Config, out: str, device: torch.device, *, dtype: str, batch: int = 8) -> None:
     """Fills the folder `out` with the latents of data.images. Every rank calls it and takes its share of the files."""
-    from tbcm.build import (
-        build_black_latents,
-        build_images,
-        build_vae,
-        check_sizes,
-        latents_identity,
-        pipeline_of,
-        vae_weights,
-    )
     from tbcm.data.latent_writer import LatentWriter
     from tbcm.data.sharded import progress_bar, share
     from tbcm.runtime import distributed
     from tbcm.samples.noised import VaeLatents
+    from tbcm.setup.images import build_black_latents, build_images, build_vae, latents_identity, vae_weights
+    from tbcm.setup.networks import check_sizes, pipeline_of
 
     data = config.data
     assert data.images is not None

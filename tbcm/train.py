@@ -110,10 +110,10 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
 
 def _run(config: Config, device: torch.device, resume: bool) -> int:
     """A function of its own: when it has returned, nothing holds on to the process group any more."""
-    from tbcm.build import build_parts
     from tbcm.runtime import distributed
     from tbcm.runtime.checkpoint_files import checkpoints_in
     from tbcm.runtime.files import atomic_path
+    from tbcm.setup.parts import build_parts
     from tbcm.training.trainer import Trainer
 
     logger = logging.getLogger("tbcm")

@@ -17,8 +17,8 @@ from torch import Tensor
 from warm_processes import started
 
 from tbcm import encode, sample, train
-from tbcm.build import build_parts
 from tbcm.config import load_config
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

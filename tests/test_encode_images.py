@@ -24,10 +24,11 @@ from tiny import metrics, tiny_vae, write_config, write_teacher
 from torch import Tensor
 
 from tbcm import encode_images, train
-from tbcm.build import build_latents, build_parts
 from tbcm.config import load_config
 from tbcm.data import latent_writer, latents
 from tbcm.errors import UserError
+from tbcm.setup.images import build_latents
+from tbcm.setup.parts import build_parts
 from tbcm.training.methods import build_method
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
@@ -145,7 +146,7 @@ def test_training_loads_no_vae_and_no_images(home: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(AutoencoderDC, "from_pretrained", refuse)
     with pytest.raises(UserError, match="a VAE was loaded"):
         trained(home, tmp_path / "images")
-    monkeypatch.setattr("tbcm.build.open_images", refuse)
+    monkeypatch.setattr("tbcm.setup.images.open_images", refuse)
     trained(home, tmp_path / "latents", *from_latents(home / "fp32"))
 
 

@@ -13,13 +13,15 @@ from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeli
 from helpers import TINY, tiny_sana
 from torch import Tensor
 
-from tbcm.build import Parts, build_student, switch
 from tbcm.config import Config, parse_config
 from tbcm.config.resolution import Size
 from tbcm.models.loading import freeze
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime.files import write_json
 from tbcm.samples.rollouts import TextConditions
+from tbcm.setup.networks import build_student
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import switch
 
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("cat", "dog", "sun")]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from paper.trainings import Run
-from tbcm.build import AnyNetwork, build_student, build_teacher, build_text, pipeline_of, student_weights
 from tbcm.config import Config
 from tbcm.evaluation.agreement import relative_errors
 from tbcm.evaluation.icons import TEACHER_STEPS, IconJudge, middle, spread
@@ -21,6 +20,9 @@ from tbcm.evaluation.stored import key, stored, teacher_origin
 from tbcm.inference.generation import Sampler
 from tbcm.inference.student import load_student, open_source
 from tbcm.runtime.checkpoint_files import checkpoints_in
+from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of
+from tbcm.setup.precision import student_weights
+from tbcm.setup.text import build_text
 from tbcm.train import train
 
 NOISE_SEED = 1000

@@ -15,10 +15,10 @@ from tbcm_kernels import dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speed import arms
-from tbcm.build import Parts
 from tbcm.config import Config
 from tbcm.runtime.phases import PhaseTimer
 from tbcm.runtime.spread import spread
+from tbcm.setup.parts import Parts
 from tbcm.training.accounting import CostCounter
 from tbcm.training.dryrun import eager
 from tbcm.training.random_parts import random_parts

@@ -23,10 +23,10 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  (makes th
 from speed import arms
 from speed.collectives import Collectives, Traffic
 from speed.measure import WARM_UP, parts, quiet
-from tbcm.build import build_student
 from tbcm.config import Config
 from tbcm.runtime import distributed, parallel
 from tbcm.runtime.files import write_json
+from tbcm.setup.networks import build_student
 from tbcm.training.trainer import Trainer
 
 SINGLE = "single"

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from speed.measure import freed
 from speed.timing import Clock, matmul_rate
-from tbcm.build import dtype_of
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
 from tbcm.runtime.distributed import pick_device
+from tbcm.setup.precision import dtype_of
 
 POINTS = 15
 COLUMNS = {

@@ -62,6 +62,12 @@ class _Consistency(Section):
     tangent_c: PositiveFloat = 0.1
 
     @property
+    def default_guidance(self) -> float:
+        """The middle one of those trained on."""
+        scales = sorted(self.guidance)
+        return scales[len(scales) // 2]
+
+    @property
     def points(self) -> int:
         """Points of a trajectory, of which one is rolled out for each prompt (TBCM) or made of each image."""
         return 1

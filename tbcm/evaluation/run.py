@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tbcm.build import default_guidance
 from tbcm.config.resolution import Size
 from tbcm.data.captions import digest
 from tbcm.data.images import CaptionedImages
@@ -90,7 +89,7 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         measure = _measure_icons(options, subjects, metrics, device)
     else:
         measure = _measure_photographs(options, reference, metrics, subjects.student.sampler.size, device)
-    guidance = default_guidance(config) if options.guidance is None else options.guidance
+    guidance = config.method.default_guidance if options.guidance is None else options.guidance
     rows = [_row(options, subjects, measure, metrics, steps, guidance) for steps in options.steps]
     return {
         "source": {"path": options.source, **subjects.student.identity},

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from tbcm.build import dtype_of, weights_dtype
 from tbcm.inference.generation import Sampler, decode_in_parts
 from tbcm.runtime.spread import spread
+from tbcm.setup.precision import dtype_of, weights_dtype
 
 WARM_UP, REPEATS = 2, 10
 

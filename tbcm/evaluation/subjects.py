@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from tbcm.build import build_teacher
 from tbcm.errors import UserError
 from tbcm.evaluation.stored import fingerprint, meaning, sha256
 from tbcm.inference.generation import Sampler, open_sampler
 from tbcm.inference.student import Source, open_source
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_files import MANIFEST
+from tbcm.setup.networks import build_teacher
 
 
 @dataclass(frozen=True)

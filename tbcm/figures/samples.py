@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tbcm.build import default_guidance
 from tbcm.errors import UserError
 from tbcm.figures import style
 from tbcm.figures.style import Drawing
@@ -40,7 +39,7 @@ def make(request: Request) -> Drawing:
     sampler = student or teacher
     assert sampler is not None
     prompts = choose_prompts(sampler.config, request.prompt_file, request.prompts or PROMPTS)
-    guidance = default_guidance(sampler.config) if request.guidance is None else request.guidance
+    guidance = sampler.config.method.default_guidance if request.guidance is None else request.guidance
     steps = request.steps or STEPS
     arms = [("student", student, n) for n in steps] if student else [("teacher", teacher, n) for n in steps]
     if teacher and ("teacher", teacher, TEACHER_STEPS) not in arms:

@@ -11,14 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbcm.build import (
-    build_black_latents,
-    build_prompts,
-    build_teacher,
-    build_text,
-    default_guidance,
-    pipeline_of,
-)
 from tbcm.config import Config, Data, load_config
 from tbcm.config.methods import Route, trajectories_of
 from tbcm.errors import UserError
@@ -30,6 +22,9 @@ from tbcm.models.pipeline import Pipeline
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
 from tbcm.samples.rollouts import draw_route
+from tbcm.setup.images import build_black_latents
+from tbcm.setup.networks import build_teacher, pipeline_of
+from tbcm.setup.text import build_prompts, build_text
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Subject:
         self.config = teacher_config(request.source)
         self.prompts = choose_prompts(self.config, request.prompt_file, request.prompts or prompts)
         self.sampler = open_teacher(self.config, request.device)
-        self.guidance = default_guidance(self.config) if request.guidance is None else request.guidance
+        self.guidance = self.config.method.default_guidance if request.guidance is None else request.guidance
         self.sigma_data, self.t_max = self.config.method.sigma_data, self.sampler.pipeline.t_max
 
     def __len__(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tbcm.build import build_parts, pipeline_of
 from tbcm.config import Config, load_config
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
@@ -25,6 +24,8 @@ from tbcm.runtime.allocator import reuse_freed_memory
 from tbcm.runtime.files import atomic_path, write_json
 from tbcm.runtime.lock import RunLock
 from tbcm.runtime.log import setup_logging
+from tbcm.setup.networks import pipeline_of
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 SHEET_PROMPTS = (

@@ -12,7 +12,6 @@ import diffusers
 import torch
 from torch import Tensor
 
-from tbcm.build import AnyNetwork, default_guidance
 from tbcm.errors import UserError
 from tbcm.inference.exporting import own_pipeline
 from tbcm.inference.pipeline_call import adapter_card
@@ -22,6 +21,7 @@ from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.sana.guidance import guidance_shift
 from tbcm.runtime.files import atomic_folder
+from tbcm.setup.networks import AnyNetwork
 
 
 def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> Source:
@@ -38,7 +38,7 @@ def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = T
     pipeline = adapter_pipeline(source)
     few = pipeline.few_steps(1, source.config.resolution[0])
     student = student_of_run(source, torch.device("cpu"), average=average, merged=False)
-    shifts = guidance_shifts(student, default_guidance(source.config))
+    shifts = guidance_shifts(student, source.config.method.default_guidance)
     state = {name: value.to(dtype) for name, value in state_of(student.backbone, shifts).items()}
     if not isinstance(student, DiffusersNetwork) and shifts:  # where diffusers has it without a guidance embedding
         state = {name.replace("time_embed.timestep", "time_embed.emb.timestep"): x for name, x in state.items()}

@@ -9,7 +9,6 @@ import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from torch import nn
 
-from tbcm.build import default_guidance, text_pipeline_of
 from tbcm.errors import UserError
 from tbcm.inference.pipeline_call import family_card, model_card
 from tbcm.inference.student import PIPELINE_CONFIG, Source, load_student, open_run
@@ -21,6 +20,7 @@ from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.guidance import without_guidance
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime.files import atomic_folder
+from tbcm.setup.text import text_pipeline_of
 
 
 def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> None:
@@ -94,7 +94,7 @@ def write_own_pipeline(
     Where the class embeds no guidance, that of the middle scale trained on is folded into the weights.
     """
     config = source.config
-    few, scale = pipeline.few_steps(1, config.resolution[0]), default_guidance(config)
+    few, scale = pipeline.few_steps(1, config.resolution[0]), config.method.default_guidance
     if isinstance(student, SanaTrigFlow):
         network: nn.Module = without_guidance(student, scale)
         text = dict(zip(("tokenizer", "text_encoder"), _text_parts(source, dtype), strict=True))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm.build import autocast, build_teacher, build_text, default_guidance, dtype_of, teacher_autocast
 from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.inference.images import to_uint8
@@ -21,6 +20,9 @@ from tbcm.models.loading import AnyPipeline
 from tbcm.runtime.distributed import pick_device
 from tbcm.runtime.seeding import generator
 from tbcm.samples.rollouts import GuidedTeacher, Text
+from tbcm.setup.networks import build_teacher
+from tbcm.setup.precision import autocast, dtype_of, teacher_autocast
+from tbcm.setup.text import build_text
 
 
 class NoiseSource:
@@ -77,7 +79,7 @@ class Sampler:
         self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
     ) -> Tensor:
         """Scaled latents xbar_0 [P, C, h, w], fp32. Guidance defaults to the middle one of those trained on."""
-        scale = default_guidance(self.config) if guidance is None else guidance
+        scale = self.config.method.default_guidance if guidance is None else guidance
         device, parts = next(self.net.parameters()).device, []
         for start in range(0, len(prompts), self.batch):
             chunk = list(prompts[start : start + self.batch])

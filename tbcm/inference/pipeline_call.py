@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tbcm.build import default_guidance
 from tbcm.config import Config
 from tbcm.models.families.pipeline import FamilyPipeline
 
@@ -36,7 +35,7 @@ def call_of(config: Config, folder: str, dtype: torch.dtype) -> str:
         *prompt,
         "num_inference_steps=1, intermediate_timesteps=None",
         f"height={height}, width={width}, use_resolution_binning=False",
-        f"guidance_scale={default_guidance(config):g}",
+        f"guidance_scale={config.method.default_guidance:g}",
     ]
     if not minilm and config.text.max_tokens != 300:
         arguments.append(f"max_sequence_length={config.text.max_tokens}")
@@ -95,7 +94,7 @@ def adapter_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: t
 
 def _call(pipeline: FamilyPipeline, config: Config, steps: int) -> list[str]:
     few = pipeline.few_steps(steps, size := config.resolution[0])
-    guidance = {"guidance_scale": default_guidance(config)} if pipeline.family.guidance else {}
+    guidance = {"guidance_scale": config.method.default_guidance} if pipeline.family.guidance else {}
     arguments = {
         **pipeline.family.prompts([pipeline.family.example]),
         **few.arguments,
@@ -130,7 +129,7 @@ In four steps:
 
 def adapter_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
     """README.md of an adapter's folder."""
-    scale = default_guidance(config)
+    scale = config.method.default_guidance
     at = "" if pipeline.family.guidance else f" It is for guidance {scale:g} alone, the middle one of those trained on."
     return f"""---
 library_name: diffusers

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
-from tbcm.build import AnyNetwork, build_student, build_teacher, pipeline_of, student_weights
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
-from tbcm.models.loading import AnyPipeline, freeze, load_teacher
+from tbcm.models.loading import AnyPipeline, freeze
 from tbcm.models.pipeline import Pipeline
+from tbcm.models.sana.students import load_teacher
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.trained import TrainedWeights
+from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of
+from tbcm.setup.precision import student_weights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -116,6 +116,15 @@ class TeacherNetwork(Network, Protocol):
     @property
     def width(self) -> int:
         """Of the tokens after a block."""
+        ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether calls with tensors of one shape are the same work, which a CUDA graph may hold."""
+        ...
+
+    def recompute(self, checkpointing: Literal["none", "selective", "full"]) -> None:
+        """What the backward pass through `features` is to recompute of a block (student.checkpointing), if it can."""
         ...
 
     def prepare(self, condition: Condition) -> Condition:

@@ -95,6 +95,11 @@ class DiffusersNetwork(nn.Module):
         """Of the time's embedding."""
         return time_embedders(self.backbone)[0].width
 
+    capturable = False  # a backbone may have its own ideas of what is static
+
+    def recompute(self, checkpointing: Checkpointing) -> None:
+        """Nothing: diffusers' own checkpointing would run the hooks that look into blocks a second time."""
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The outermost modules that the backbone says are not to be split, in order."""

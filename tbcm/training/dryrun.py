@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tbcm.build import Parts, build_parts
 from tbcm.config import Config
 from tbcm.config.resolution import Size, largest
 from tbcm.errors import UserError
 from tbcm.models.network import DiffusersNetwork
 from tbcm.runtime import distributed
 from tbcm.runtime.parallel import shard_size
+from tbcm.setup.parts import Parts, build_parts
 from tbcm.training.accounting import CostCounter
 from tbcm.training.holdings import gathered, holdings, on_a_rank
 from tbcm.training.random_parts import random_parts

@@ -6,7 +6,6 @@ import logging
 
 from torch import Tensor, nn
 
-from tbcm.build import Parts, pipeline_of
 from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.inference.generation import Sampler
@@ -15,6 +14,8 @@ from tbcm.runtime import distributed
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.log import MetricLog
 from tbcm.runtime.parallel import forget_gathered, is_sharded
+from tbcm.setup.networks import pipeline_of
+from tbcm.setup.parts import Parts
 
 logger = logging.getLogger(__name__)
 

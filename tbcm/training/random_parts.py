@@ -9,7 +9,6 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from tbcm.build import Parts, build_student, dtype_of, files_of, switch, teacher_weights
 from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.models.loading import freeze
@@ -18,6 +17,9 @@ from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.sana.presets import AUTOENCODERS, GEMMA_2_2B, MINILM, SANA, compression
 from tbcm.samples.noised import VaeLatents
 from tbcm.samples.rollouts import TextConditions
+from tbcm.setup.networks import build_student, files_of
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import dtype_of, switch, teacher_weights
 
 INSTRUCTION_TOKENS = 200
 """About what Sana's instruction adds to a prompt of Gemma tokens."""

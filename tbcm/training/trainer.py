@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, autocast, dtype_of, switch
 from tbcm.config import Config, Precision
 from tbcm.data.captions import digest
 from tbcm.errors import UserError
@@ -35,6 +34,8 @@ from tbcm.runtime.signs import pulse
 from tbcm.runtime.trained import TrainedWeights
 from tbcm.runtime.update import build_update
 from tbcm.samples.rollouts import Batch
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import autocast, dtype_of, switch
 from tbcm.training.methods import build_method
 from tbcm.training.methods.consistency import Figures
 from tbcm.training.preview import Previewer

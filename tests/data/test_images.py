@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from tiny import tiny_config
 
-from tbcm.build import build_images
 from tbcm.data.images import ShippedIcons, open_images
 from tbcm.errors import UserError
+from tbcm.setup.images import build_images
 
 COLOURS = {"red.png": (255, 0, 0), "sub/green.webp": (0, 255, 0), "blue.png": (0, 0, 255)}
 

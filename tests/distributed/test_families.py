@@ -11,10 +11,10 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tbcm.build import build_parts
 from tbcm.config import load_config
 from tbcm.runtime import distributed
 from tbcm.samples.rollouts import draw_size
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 NAMES = ("flux", "sd3", "sdxl")

@@ -36,7 +36,7 @@ def namespaces_are_permitted() -> bool:
 
 def on_two_nodes(*command: str) -> list[subprocess.Popen[str]]:
     """`command` under torchrun on each: in a network of its own, or, where that is not permitted, on the loopback."""
-    torchrun = f"{sys.executable} {TORCHRUN} tbcm.build,tbcm.training.trainer"
+    torchrun = f"{sys.executable} {TORCHRUN} tbcm.setup.parts,tbcm.training.trainer"
     agent = f"{torchrun} --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_id=test"
     port, options = free_port(), {"text": True, "stderr": subprocess.PIPE}
     # An agent knows its host's name and the address that this has, not that of a cable.

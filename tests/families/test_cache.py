@@ -9,11 +9,12 @@ import torch
 from families.test_sizes import SIZES
 from families.test_training import written
 
-from tbcm.build import build_cached_text, build_parts, build_prompts, build_text
 from tbcm.config import Config
 from tbcm.encode import encode_prompts
 from tbcm.errors import UserError
 from tbcm.models.families.pipeline import FamilyPipeline
+from tbcm.setup.parts import build_parts
+from tbcm.setup.text import build_cached_text, build_prompts, build_text
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -19,7 +19,6 @@ from families.wide import Wide
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tbcm.build import build_parts
 from tbcm.config import Lora
 from tbcm.errors import UserError
 from tbcm.inference.adapter import adapter_pipeline, export_adapter
@@ -31,6 +30,7 @@ from tbcm.models.families.rows import family_of
 from tbcm.models.loading import freeze, general_student
 from tbcm.models.lora import DEFAULT_TARGETS, adapted, factors, matching, merge
 from tbcm.models.network import DiffusersNetwork
+from tbcm.setup.parts import build_parts
 from tbcm.training.holdings import holdings
 from tbcm.training.trainer import Trainer
 

@@ -11,9 +11,9 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tbcm.build import build_parts
 from tbcm.config import Config
 from tbcm.runtime import distributed
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 

@@ -10,13 +10,13 @@ import torch
 from families.test_training import written
 from families.tiny import make
 
-from tbcm.build import build_parts
 from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.errors import UserError
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.pipeline import Pipeline
 from tbcm.samples.rollouts import draw_size
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -14,7 +14,6 @@ import yaml
 from families.tiny import BUILDERS, make
 from PIL import Image
 
-from tbcm.build import build_latents, build_parts
 from tbcm.config import Config, load_config
 from tbcm.encode_images import encode_dataset
 from tbcm.errors import UserError
@@ -23,6 +22,8 @@ from tbcm.inference.generation import NoiseSource, open_sampler
 from tbcm.inference.student import open_source
 from tbcm.models.families import rows
 from tbcm.models.families.pipeline import FamilyPipeline
+from tbcm.setup.images import build_latents
+from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")

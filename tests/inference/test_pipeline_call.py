@@ -12,12 +12,12 @@ from helpers import tiny_sana
 from PIL import Image
 from tiny import tiny_config
 
-from tbcm.build import build_student, build_teacher
 from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.inference.exporting import write_sprint_pipeline
 from tbcm.inference.pipeline_call import call_of
 from tbcm.inference.student import Source
+from tbcm.setup.networks import build_student, build_teacher
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from tiny import edit_json, write_teacher
 from tbcm.errors import UserError
 from tbcm.method.trigflow import flow_input, flow_output, flow_time
 from tbcm.models.architecture import SanaTransformer, check_config
-from tbcm.models.loading import load_teacher, student_from_teacher
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
+from tbcm.models.sana.students import load_teacher, student_from_teacher
 
 CPU = torch.device("cpu")
 

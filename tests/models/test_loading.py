@@ -8,8 +8,8 @@ from sana_cases import Batch, backbone_of
 from torch import nn
 
 from tbcm.errors import UserError
-from tbcm.models.loading import student_from_teacher
 from tbcm.models.sana.network import SanaTrigFlow
+from tbcm.models.sana.students import student_from_teacher
 
 
 def teacher(kind: str) -> SanaTrigFlow:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tbcm.config import Lora
 from tbcm.errors import UserError
 from tbcm.models.fp8 import to_fp8
-from tbcm.models.loading import freeze, lora_student_from_teacher
+from tbcm.models.loading import freeze
 from tbcm.models.lora import DEFAULT_TARGETS, adapted, factors, matching, merge, tied
 from tbcm.models.sana.network import SanaTrigFlow
+from tbcm.models.sana.students import lora_student_from_teacher
 
 RANK, ALPHA = 3, 4.5
 

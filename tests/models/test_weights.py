@@ -18,11 +18,11 @@ from tiny import edit_json, tiny_config, write_teacher
 from torch import Tensor
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
-from tbcm.build import build_text
 from tbcm.errors import UserError
-from tbcm.models.loading import load_teacher
 from tbcm.models.pipeline import Pipeline
+from tbcm.models.sana.students import load_teacher
 from tbcm.models.weights import choose_variant
+from tbcm.setup.text import build_text
 
 CPU = torch.device("cpu")
 PARTS = "transformer", "vae", "text_encoder"

@@ -17,7 +17,6 @@ from scipy.stats import kstest, norm
 from tiny import PROMPTS, metrics, tiny_config, tiny_parts, tiny_vae
 from torch import Tensor
 
-from tbcm.build import Parts
 from tbcm.config.methods import Scm, Times
 from tbcm.config.resolution import Size
 from tbcm.errors import UserError
@@ -25,6 +24,7 @@ from tbcm.models.pipeline import Pipeline
 from tbcm.runtime import distributed
 from tbcm.samples.noised import NoisedLatents, VaeLatents
 from tbcm.samples.rollouts import Batch, GuidedTeacher, draw
+from tbcm.setup.parts import Parts
 from tbcm.training.trainer import Trainer
 
 SIZE = 64, 64

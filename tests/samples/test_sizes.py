@@ -14,7 +14,6 @@ from tiny import tiny_config, tiny_parts, write_teacher
 from torch import Tensor
 from training.test_trainer import assert_equal, tensors
 
-from tbcm.build import build_black_latents, build_parts, check_sizes
 from tbcm.config import Config
 from tbcm.config.resolution import MOST_SIZES, Size, largest, parse_size
 from tbcm.data.images import open_images
@@ -24,6 +23,9 @@ from tbcm.models.differentiation.compiling import compiled
 from tbcm.models.pipeline import Pipeline
 from tbcm.samples.noised import VaeLatents
 from tbcm.samples.rollouts import draw_size
+from tbcm.setup.images import build_black_latents
+from tbcm.setup.networks import check_sizes
+from tbcm.setup.parts import build_parts
 from tbcm.training import dryrun
 from tbcm.training.trainer import Trainer
 

@@ -93,6 +93,12 @@ class SanaTrigFlow(nn.Module):
         """Where generation starts: Sana is trained by flow matching."""
         return T_MAX
 
+    capturable = True
+
+    def recompute(self, checkpointing: Checkpointing) -> None:
+        """See `tbcm.method.types.TeacherNetwork`."""
+        self.checkpointing = checkpointing
+
     @property
     def embeds_guidance(self) -> bool:
         return self.guidance_scale is not None

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from tbcm.build import Parts
 from tbcm.config import Config
+from tbcm.setup.parts import Parts
 from tbcm.training.methods.consistency import Consistency
 from tbcm.training.methods.scm import Scm
 from tbcm.training.methods.sprint import Sprint

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, teacher_autocast
 from tbcm.config import Config
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Network, Trajectory
 from tbcm.samples.overlap import Overlapped
 from tbcm.samples.rollouts import Batch, GuidedTeacher, Source
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import teacher_autocast
 
 Figures = Mapping[str, Tensor]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tbcm.build import Parts
 from tbcm.config.methods import Tbcm as TbcmSettings
 from tbcm.samples.noised import NoisedLatents
 from tbcm.samples.rollouts import GuidedTeacher
+from tbcm.setup.parts import Parts
 from tbcm.training.methods.consistency import Consistency
 
 

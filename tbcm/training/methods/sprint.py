@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.build import Parts, teacher_autocast
 from tbcm.config import Config
 from tbcm.config.methods import Sprint as Settings
 from tbcm.errors import UserError
 from tbcm.method.types import Network
 from tbcm.models.network import DiffusersNetwork
-from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.runtime import distributed
 from tbcm.samples.rollouts import Batch
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import teacher_autocast
 from tbcm.training.methods.adversary import FIGURES, Adversary
 from tbcm.training.methods.consistency import Figures, Loss, Term
 from tbcm.training.methods.scm import Scm
@@ -71,8 +71,7 @@ def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adver
         raise UserError(
             f"method.adversary.layers = {settings.adversary.layers}: the teacher's blocks are 0 to {blocks - 1}"
         )
-    if isinstance(parts.teacher, SanaTrigFlow):
-        parts.teacher.checkpointing = config.student.checkpointing  # only the discriminator differentiates it
+    parts.teacher.recompute(config.student.checkpointing)  # only the discriminator differentiates it
     return Adversary(
         parts.teacher,
         lambda: teacher_autocast(config, device),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tbcm.build import Parts, switch
 from tbcm.config.methods import Tbcm as Settings
-from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.samples.rollouts import GuidedTeacher, TeacherRollouts
+from tbcm.setup.parts import Parts
+from tbcm.setup.precision import switch
 from tbcm.training.methods.consistency import Consistency
 
 
@@ -25,6 +25,5 @@ class Tbcm(Consistency):
             seed=train.seed,
             prompts_per_step=train.prompts_per_step,
             prompts_per_rollout=train.prompts_per_rollout,
-            # A general network may have its own ideas of what is static.
-            cuda_graph=isinstance(parts.teacher, SanaTrigFlow) and switch(self.config.teacher.cuda_graph, device),
+            cuda_graph=parts.teacher.capturable and switch(self.config.teacher.cuda_graph, device),
         )

@@ -1,0 +1,1 @@
+"""From a configuration to what a run works on: networks, text, images, in their precisions."""
