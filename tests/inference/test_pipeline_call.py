@@ -82,6 +82,6 @@ def test_the_call_has_the_students_type_guidance_and_text_length(tmp_path: Path)
 
 def test_a_size_that_the_pipeline_cannot_make_is_said(tmp_path: Path) -> None:
     code = call_of(tiny_config(tmp_path, resolution=40), "out", torch.float32)
-    assert "multiples of 32, not of 40 x 40 px" in code
+    assert "multiples of 32: not of 40 x 40 px" in code
     assert "python -m tbcm.sample out" in code
     compile(code, "call", "exec")

@@ -130,7 +130,7 @@ def test_draws_are_a_function_of_seed_and_step(parts: Parts) -> None:
 def test_times_are_logit_normal_and_guidance_is_drawn_from_the_configured(parts: Parts) -> None:
     method = Scm(name="scm", times=Times(mean=-0.5, std=1.2), guidance=[2.0, 3.0])
     data = make(parts, method=method, prompts_per_step=1000)
-    drawn = data._draw(0)
+    drawn = data._draw(0, data.shapes[SIZE])
     t = drawn.route[:, 0]
     assert drawn.route.shape == (1000, 1) and (t > 0).all() and (t <= torch.tensor(T_MAX)).all()
     assert kstest(torch.log(SIGMA * torch.tan(t.double())), norm(-0.5, 1.2).cdf).pvalue > 0.01

@@ -40,9 +40,9 @@ def test_one_batch_is_made_ahead_and_no_more(tmp_path: Path) -> None:
     source, made = trainer.source, []
     original = source._batch
 
-    def counted(prompts: list[str], draws: object) -> Batch:
+    def counted(prompts: list[str], *rest: object) -> Batch:
         made.append(len(prompts))
-        return original(prompts, draws)
+        return original(prompts, *rest)
 
     source._batch = counted
     ahead = Overlapped(source, CPU)
