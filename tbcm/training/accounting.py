@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,10 +79,19 @@ _NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", 
 """PyTorch's own, in which an operator without a formula is known by its name."""
 
 
+_OURS: dict[str, Callable[..., int]] = {
+    "attention": lambda q, dq, k, dk, v, dv, bias, scale: 3 * _attention(q, k, v),  # each product and its tangent's two
+    "attention_backward": lambda grad, q, k, v, bias, scale: _attention_backward(grad, q, k, v),
+}
+"""Operators that a network calls whatever TBCM_KERNELS says."""
+
+
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """2 per multiply-add of one operator's call that returned `out`; 0 for what multiplies no matrices."""
     packet = func._overloadpacket
     name = packet.__name__.rstrip("_")  # an operation in place is the same
+    if func.namespace == "tbcm" and name in _OURS:
+        return _OURS[name](*args)
     if func.namespace not in _NAMESPACES:
         raise UserError(
             f"the FLOPs of {func} cannot be counted: count those of PyTorch's own operators (TBCM_KERNELS=off)"

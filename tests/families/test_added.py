@@ -10,7 +10,7 @@ from families import test_exports, test_students, test_teachers, tiny
 from tbcm.models.families import rows
 
 TEXT = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text(encoding="utf-8")
-EXAMPLE = TEXT.split("```python\n")[1].split("```")[0]
+EXAMPLE = TEXT.split("### An example")[1].split("```python\n")[1].split("```")[0]
 NAME = "cogview3plus"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import random_condition, tiny_sana
+from tbcm_kernels import attention
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -69,6 +70,20 @@ def test_flops_of_attention_as_a_gpu_does_it() -> None:
         assert counted(work) == 2 * (3 * 4 * 7 * 11) * (8 + 16)
     same = torch.empty(3, 4, 11, 8, device=meta)
     assert counted(lambda: aten._scaled_dot_product_flash_attention(query, key, same)[0]) == 2 * (3 * 4 * 7 * 11) * 16
+
+
+def test_flops_of_attention_with_a_tangent() -> None:
+    """Those of the products that it makes inside."""
+    q, k = torch.randn(2, 3, 700, 8), torch.randn(2, 3, 11, 8)
+    v = torch.randn(2, 3, 11, 16)
+    forward, backward = (q, q, k, k, v, v, None, 0.3), (torch.randn(2, 3, 700, 16), q, k, v, None, 0.3)
+    ops = torch.ops.tbcm
+    for op, body, arguments in (
+        (ops.attention, attention._attention, forward),
+        (ops.attention_backward, attention._attention_backward, backward),
+    ):
+        inside = counted(lambda body=body, arguments=arguments: body._init_fn(*arguments))  # type: ignore[misc]
+        assert counted(lambda op=op, arguments=arguments: op(*arguments)) == inside > 0  # type: ignore[misc]
 
 
 def test_flops_of_products() -> None:
