@@ -172,7 +172,7 @@ def assert_moves(trainer: Trainer) -> None:
     ("name", "layers", "words"),
     [
         ("sdxl", None, "U-Net differ in width .* choose method.name=scm"),
-        ("auraflow", [1], "block 1 of AuraFlowPipeline"),
+        ("auraflow", [2], "block 2 of AuraFlowPipeline"),
     ],
 )
 def test_what_no_discriminator_can_look_at(name: str, layers: list[int] | None, words: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import diffusers
 import torch
 from torch import nn
 
-from tbcm.config.resolution import Size
+from tbcm.config.resolution import Size, shown_size
+from tbcm.errors import UserError, first_line
 from tbcm.method.types import Condition
 from tbcm.models.families.family import Family
 from tbcm.models.families.recording import execution_on
@@ -41,11 +42,19 @@ class RecordedConditions:
         return [part for part in parts if not any(p.is_meta for p in part.parameters())]
 
     def __call__(self, prompts: Sequence[str], size: Size) -> Condition:
-        return self.family.encode(self.pipe, list(prompts), **self.family.sized_call(size))[0]
+        return self._encoded(list(prompts), size)[0]
 
     def null_prompt(self, size: Size) -> Condition | None:
         """Of the unconditional branch, for one prompt; None for a network without one."""
-        return self.family.encode(self.pipe, [self.family.example], **self.family.sized_call(size))[1]
+        return self._encoded([self.family.example], size)[1]
+
+    def _encoded(self, prompts: list[str], size: Size) -> tuple[Condition, Condition | None]:
+        """Raises UserError where the pipeline refuses a size, or a prompt."""
+        try:
+            return self.family.encode(self.pipe, prompts, **self.family.sized_call(size))
+        except ValueError as error:
+            refused = f"{self.family.pipeline} refuses this for resolution = {shown_size(size)}"
+            raise UserError(f"{refused}: {first_line(error)}") from None
 
 
 def encoders_of(
