@@ -57,13 +57,13 @@ def export_of(name: str, student: DiffusersNetwork) -> str:
         few = few_steps(student.family, student.formulation, make(name).pipe.scheduler, 2)
     except UserError:
         return "not exported"
-    told = next((key for key in ("sigmas", "timesteps") if key in few.arguments), "num_inference_steps")
+    told, alone = next((key for key in ("sigmas", "timesteps") if key in few.arguments), "num_inference_steps"), ""
     try:
         if student.guidance_embedding is not None:
             fold_guidance(student.backbone, student.guidance_embedding, W)
     except (UserError, ValueError):
-        told += ", of one scale"
-    return f"{type(few.scheduler).__name__}, `{told}=`".replace(", of one scale=`", "=`, of one guidance scale")
+        alone = ", of one guidance scale"
+    return f"{type(few.scheduler).__name__}, `{told}=`{alone}"
 
 
 def cost(call: Callable[[], object]) -> tuple[int, int]:
