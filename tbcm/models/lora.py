@@ -69,10 +69,13 @@ def add_lora(backbone: nn.Module, lora: Lora, leave_out: Sequence[str] = ()) -> 
         lora_alpha=alpha,
         target_modules="|".join(map(re.escape, names)),  # a regular expression: each name whole
     )
-    inject_adapter_in_model(config, backbone)
+    with torch.device("meta"):  # peft would make them on the CPU and round them to the frozen weights' dtype
+        inject_adapter_in_model(config, backbone)
     for layer in adapted(backbone).values():
-        layer.lora_A.float()
-        layer.lora_B.float()
+        device = layer.get_base_layer().weight.device
+        for part in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
+            part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=torch.float32, device=device))
+        layer.reset_lora_parameters(_NAME, init_lora_weights=True)
         layer.cast_input_dtype_enabled = False  # autocast does it
 
 
