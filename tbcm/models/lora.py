@@ -37,8 +37,8 @@ _NAME = "default"
 
 DEFAULT_TARGETS = (
     r".*\.(to_[qkv]|to_out\.0|to_out|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj"  # attention
-    r"|(ff|ff_context|ffn|img_mlp|txt_mlp)\.net\.(0\.proj|2)|(ff|ff_context|feed_forward)\.\w+"  # feed-forward
-    r"|single_transformer_blocks\.\d+\.proj_(mlp|out))"
+    r"|(ff|ff_context|ffn|img_mlp|txt_mlp)\.net\.(0\.proj|2)|(ff|ff_context|feed_forward)\.\w+)"  # feed-forward
+    r"|single_transformer_blocks\.\d+\.proj_(mlp|out)"  # FLUX's both in one
 )
 """The projections of attention and the layers of feed-forward networks, under the names that diffusers has for them."""
 
