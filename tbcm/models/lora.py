@@ -37,8 +37,8 @@ _NAME = "default"
 
 DEFAULT_TARGETS = (
     r".*\.(to_[qkv]|to_out\.0|to_out|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj"  # attention
-    r"|(ff|ff_context|ffn|img_mlp|txt_mlp)\.net\.(0\.proj|2)|(ff|ff_context|feed_forward)\.\w+"  # feed-forward
-    r"|single_transformer_blocks\.\d+\.proj_(mlp|out))"
+    r"|(ff|ff_context|ffn|img_mlp|txt_mlp)\.net\.(0\.proj|2)|(ff|ff_context|feed_forward)\.\w+)"  # feed-forward
+    r"|single_transformer_blocks\.\d+\.proj_(mlp|out)"  # FLUX's both in one
 )
 """The projections of attention and the layers of feed-forward networks, under the names that diffusers has for them."""
 
@@ -69,10 +69,13 @@ def add_lora(backbone: nn.Module, lora: Lora, leave_out: Sequence[str] = ()) -> 
         lora_alpha=alpha,
         target_modules="|".join(map(re.escape, names)),  # a regular expression: each name whole
     )
-    inject_adapter_in_model(config, backbone)
+    with torch.device("meta"):  # peft would make them on the CPU and round them to the frozen weights' dtype
+        inject_adapter_in_model(config, backbone)
     for layer in adapted(backbone).values():
-        layer.lora_A.float()
-        layer.lora_B.float()
+        device = layer.get_base_layer().weight.device
+        for part in (layer.lora_A[_NAME], layer.lora_B[_NAME]):
+            part.weight = nn.Parameter(torch.empty(part.weight.shape, dtype=torch.float32, device=device))
+        layer.reset_lora_parameters(_NAME, init_lora_weights=True)
         layer.cast_input_dtype_enabled = False  # autocast does it
 
 

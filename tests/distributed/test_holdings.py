@@ -89,7 +89,7 @@ def test_a_dry_run_accounts_for_what_is_held(tmp_path: Path, lora: dict[str, int
         trainer = Trainer(config, device, random_parts(config, device))
         gc.collect()
         held = holdings(trainer)
-        assert counter.live == pytest.approx(sum(held.values()) - held["gradients"], rel=0.05)
+        assert counter.live == pytest.approx(sum(held.values()) - held["gradients"], abs=20_000)
     assert (held["student"] < held["teacher"] / 2) == (lora is not None)
     assert ("(LoRA of rank 2)" in report(trainer, 1, 1, 0)["student"]) == (lora is not None)
 
