@@ -170,7 +170,7 @@ def _images() -> list[Target]:
     }
 
     def read(file: Path) -> None:
-        assert decode_file(file, 8).shape == (3, 8, 8)
+        assert decode_file(file, (8, 8)).shape == (3, 8, 8)
 
     return [Target(name, good, read) for name, good in kinds.items()]
 

@@ -414,7 +414,7 @@ COMMANDS = [
     autoencoder.main,
     icons_teacher.main,
 ]
-NO_PATHS = {"overrides", "name", "device"}
+NO_PATHS = {"overrides", "name", "device", "size"}
 
 
 @pytest.mark.parametrize("main", COMMANDS, ids=lambda main: main.__module__)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from ranks import on_ranks
 from safetensors.torch import load
 from tiny import metrics, write_config, write_teacher
@@ -154,7 +155,6 @@ def test_a_run_from_a_cache_is_previewed_and_sampled(home: Path, tmp_path: Path,
         ),
         (["log.preview_prompts=[a red ball, a unicorn]"], ["log.preview_prompts: 'a unicorn'"]),
         (["text.cache={home}/nowhere"], ["{home}/nowhere", "tbcm.encode"]),
-        (["method.name=scm", "data.images=icons"], ["method.name=scm", "text.cache"]),
     ],
 )
 def test_what_cannot_be_taken_from_a_cache(
@@ -165,6 +165,14 @@ def test_what_cannot_be_taken_from_a_cache(
     code, said = call(train.main, ["tbcm", str(home / "c.yaml"), *given])
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 2 and all(word.format(home=home) in line for word in words), line
+
+
+def test_captions_cannot_be_taken_from_a_cache(home: Path, tmp_path: Path, call: Call) -> None:
+    tree = yaml.safe_load((home / "c.yaml").read_text())
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree | {"method": {"name": "scm"}}))
+    given = [f"out={tmp_path / 'run'}", f"text.cache={home / 'fp32'}", "data.images=icons"]
+    code, said = call(train.main, ["tbcm", str(tmp_path / "c.yaml"), *given])
+    assert code == 2 and "method.name=scm" in said and "text.cache" in said
 
 
 def test_bad_input(home: Path, tmp_path: Path, call: Call) -> None:

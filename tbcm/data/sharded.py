@@ -126,7 +126,7 @@ class Kind:
         """Whether a file is there, with that `key` and in its full length; and, to `verify`, unchanged to the last
         bit. Of its tensors `names` are looked at, or all."""
         try:
-            metadata, tensors = self.read(path, *(names or self.read_all(path)[1]))
+            metadata, tensors = self.read(path, *sorted(names or self.read_all(path)[1]))
         except UserError:
             return False
         return metadata.get("key") == key and (not verify or metadata.get("sha256") == _digest(tensors))
@@ -143,7 +143,7 @@ class Kind:
 def write(path: Path, key: str, tensors: dict[str, Tensor], *, beside: Path, bad: Sequence[int] = ()) -> None:
     """A file that tells by its `key` what it was made from and with, and which of its rows are `bad`, if any. It may be
     read by whom `beside` may be."""
-    metadata = {"key": key, "sha256": _digest(list(tensors.values()))}
+    metadata = {"key": key, "sha256": _digest([tensors[name] for name in sorted(tensors)])}
     with atomic_path(path) as part:
         save_file(tensors, part, metadata | ({"bad": json.dumps(list(bad))} if bad else {}))
         part.chmod(beside.stat().st_mode)  # safetensors lets only the owner read it

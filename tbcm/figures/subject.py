@@ -15,7 +15,7 @@ from tbcm.config import Config, Data, load_config
 from tbcm.config.methods import Route, trajectories_of
 from tbcm.errors import UserError
 from tbcm.inference.generation import NoiseSource, Sampler
-from tbcm.inference.student import PIPELINE_CONFIG, open_source
+from tbcm.inference.student import NO_PROMPTS, PIPELINE_CONFIG, open_source
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
 from tbcm.models.pipeline import Pipeline
@@ -73,12 +73,10 @@ def open_teacher(config: Config, device: str | None) -> Sampler:
 
 
 def choose_prompts(config: Config, file: str | None, count: int) -> list[str]:
-    """`count` prompts, spread evenly over the file (default: the run's own; the icons's for the icons teacher)."""
+    """`count` prompts, spread evenly over the file (default: the run's own, or the icons teacher's)."""
     data = config.data if file is None else Data(prompts=file, column=config.data.column)
-    if data.prompts == "unused":  # a pipeline that this package did not write
-        if config.teacher.path != "icons":
-            raise UserError(f"{config.teacher.path}: no prompts are known for it; give --prompt-file FILE")
-        data = Data(prompts="icons")
+    if data.prompts == NO_PROMPTS:
+        raise UserError(f"{config.teacher.path}: no prompts are known for it; give --prompt-file FILE")
     with tempfile.TemporaryDirectory() as folder:  # not the run's: it may be read-only, or somebody else's
         prompts = build_prompts(config.model_copy(update={"data": data, "out": folder}))
         return [prompts[i * len(prompts) // count] for i in range(count)]

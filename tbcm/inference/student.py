@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from tbcm.setup.precision import student_weights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
+NO_PROMPTS = os.devnull
+"""Those of a pipeline that this package did not write."""
 ADAPTER = "pytorch_lora_weights.safetensors"
 """diffusers' name."""
 
@@ -82,7 +85,7 @@ def _config_of_pipeline(path: str) -> Config:
             "teacher": {"path": path, "null_mask": "own" if icons else "conditional"},
             "text": {"encoder": "minilm", "max_tokens": 16} if icons else {},
             "method": {"guidance": [2.5]} if icons else {},
-            "data": {"prompts": "unused"},
+            "data": {"prompts": "icons" if icons else NO_PROMPTS},
         },
         path,
     )

@@ -73,7 +73,7 @@ def test_shards_in_any_order_however_they_are_named(tmp_path: Path, path: str) -
     assert images.shape == (1, 3, 8, 8) and images.dtype == torch.float32
     file = tmp_path / "13.png"
     file.write_bytes(picture(13))
-    torch.testing.assert_close(images[0], decode_file(file, 8) / 127.5 - 1)
+    torch.testing.assert_close(images[0], decode_file(file, (8, 8)) / 127.5 - 1)
 
 
 def test_one_shard_a_range_of_some_and_a_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,13 @@ def test_speed_divides_images_by_medians(tmp_path: Any, monkeypatch: pytest.Monk
 
     pipeline = SimpleNamespace(load_vae=lambda dtype: nn.Identity(), compression=8)
     sampler: Any = SimpleNamespace(
-        net=nn.Linear(1, 1), text=text, sample=sample, shape=(4, 8, 8), pipeline=pipeline, config=tiny_config(tmp_path)
+        net=nn.Linear(1, 1),
+        text=text,
+        sample=sample,
+        shape=(4, 8, 8),
+        size=(64, 64),
+        pipeline=pipeline,
+        config=tiny_config(tmp_path),
     )
     monkeypatch.setattr(module, "decode_in_parts", decode)
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)

@@ -103,9 +103,10 @@ def test_a_student_with_adapters(name: str) -> None:
         gradient = whole[f"{layer_name}.weight"].grad
         if gradient is None:  # of a last block's text, which goes nowhere
             continue
-        a, b = (x.detach() for x in factors(layer))
+        gradient = gradient.flatten(1)
+        a, b = (x.detach().flatten(1) for x in factors(layer))  # a convolution's, too
         for part, wanted in (("lora_A", b.mT @ gradient), ("lora_B", layer.scaling["default"] * gradient @ a.mT)):
-            got = own[f"{layer_name}.{part}.default.weight"].grad
+            got = own[f"{layer_name}.{part}.default.weight"].grad.flatten(1)
             torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8 * largest, msg=f"{layer_name} {part}")
     with torch.no_grad():
         assert torch.equal(teacher(u, t, condition, w).F, before)

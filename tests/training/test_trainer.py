@@ -84,10 +84,10 @@ def test_ctrl_c_during_a_step_saves_and_the_resumed_run_is_the_same(
     stopped = make(tmp_path / "stopped")
     original = stopped.source._batch
 
-    def interrupt(prompts: list[str], draws: Any) -> Any:
+    def interrupt(*arguments: Any) -> Any:
         if stopped.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(prompts, draws)
+        return original(*arguments)
 
     monkeypatch.setattr(stopped.source, "_batch", interrupt)
     assert stopped.run() is True
@@ -185,7 +185,9 @@ def test_a_preview_that_fails_is_a_warning(
 
     monkeypatch.setattr(Pipeline, "load_vae", fail)
     monkeypatch.setattr(Pipeline, "index", {"_class_name": "SanaPipeline"})
-    monkeypatch.setattr(Pipeline, "config", lambda self, part: {"in_channels": 4, "patch_size": 1})
+    monkeypatch.setattr(
+        Pipeline, "config", lambda self, part: {"in_channels": 4, "patch_size": 1, "timestep_scale": 0.001}
+    )
     monkeypatch.setattr(Pipeline, "compression", 8)
     monkeypatch.setattr(Pipeline, "sampling_shift", 1.0)
     trainer = make(tmp_path, log={"preview_every": 2})
