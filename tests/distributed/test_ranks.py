@@ -62,11 +62,11 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, atol: float = 2e-6) -> None:
     for expected, got in zip(torch.load(one / "weights.pt"), torch.load(other / "weights.pt"), strict=True):
         assert expected.keys() == got.keys()
         for name in expected:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=2e-6, msg=name)
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=atol, msg=name)
     for a, b in zip(metrics(one), metrics(other), strict=True):
         for key in ("loss", "error", "grad_norm", "kept", "g_norm"):
             torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-6)
@@ -119,8 +119,8 @@ def test_nor_with_adapters_on_shared_weights(tmp_path: Path) -> None:
     full = {"student": {"lora": {"rank": 2}, "checkpointing": "full"}}
     ways = {"ddp": LORA | ACCUMULATED, "fsdp": full | FSDP | ACCUMULATED, "sprint": LORA | SPRINT | FSDP}
     on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
-    for name in ways:
-        assert_same_run(tmp_path / ("single-sprint" if name == "sprint" else "single"), tmp_path / name)
+    for name in ways:  # B starts at zero, where AdamW magnifies what rounding makes of a small gradient
+        assert_same_run(tmp_path / ("single-sprint" if name == "sprint" else "single"), tmp_path / name, atol=1e-5)
 
 
 class Collectives(TorchDispatchMode):
