@@ -11,6 +11,7 @@ import pytest
 from tiny import PROMPTS, tiny_config
 from torch import Tensor, nn
 
+from tbcm.config.resolution import Size
 from tbcm.evaluation import speed as module
 
 
@@ -34,7 +35,7 @@ def test_speed_divides_images_by_medians(tmp_path: Any, monkeypatch: pytest.Monk
         clock.work(("sample", condition), 0.5 + 0.25 * condition)
         return noise()
 
-    def text(prompts: list[str]) -> int:
+    def text(prompts: list[str], size: Size) -> int:
         scatter = 0.8 + 0.1 * (clock.calls["text", len(prompts)] % 5)
         clock.work(("text", len(prompts)), 0.125 * len(prompts) * scatter)
         return len(prompts)
