@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from tbcm.config.resolution import Size, shown_size
-from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, Distinct, shard_name
-from tbcm.data.sharded import Kind, Manifest, differences
+from tbcm.data.embeddings import NULL, PROMPTS, SHARD_PROMPTS, Distinct, check_made_with, shard_name
+from tbcm.data.sharded import Kind, Manifest
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.families.family import LENGTH
@@ -65,11 +65,7 @@ class CachedConditions:
 
     def check(self, wanted: Mapping[str, Any]) -> None:
         """Raises UserError where the cache was not made from and with `wanted`: configuration key -> value."""
-        if different := differences({**self.manifest["made_from"], **self.manifest["made_with"]}, wanted):
-            raise UserError(
-                f"text.cache={self.folder} does not match (cache -> configuration): {different};"
-                " change the configuration, or run tbcm.encode with it into another folder"
-            )
+        check_made_with(self.folder, self.manifest, wanted)
 
     def __contains__(self, prompt: str) -> bool:
         return self._distinct.row(prompt) is not None

@@ -47,6 +47,15 @@ SHARD_PROMPTS = 1024
 """At most 1.4 GB: 300 tokens of 2,304 bf16 numbers each."""
 
 
+def check_made_with(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where the cache was not made from and with `wanted`: configuration key -> value."""
+    if different := differences({**manifest["made_from"], **manifest["made_with"]}, wanted):
+        raise UserError(
+            f"text.cache={folder} does not match (cache -> configuration): {different};"
+            " change the configuration, or run tbcm.encode with it into another folder"
+        )
+
+
 class CachedEncoder:
     """A `tbcm.models.text.TextEncoder` that looks up what another one computed.
 
@@ -69,11 +78,7 @@ class CachedEncoder:
 
     def check(self, wanted: Mapping[str, Any]) -> None:
         """Raises UserError where the cache was not made from and with `wanted`: configuration key -> value."""
-        if different := differences({**self.manifest["made_from"], **self.manifest["made_with"]}, wanted):
-            raise UserError(
-                f"text.cache={self.folder} does not match (cache -> configuration): {different};"
-                " change the configuration, or run tbcm.encode with it into another folder"
-            )
+        check_made_with(self.folder, self.manifest, wanted)
 
     def __contains__(self, prompt: str) -> bool:
         return self._distinct.row(prompt) is not None
