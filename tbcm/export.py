@@ -37,7 +37,7 @@ def main() -> None:
     from tbcm.inference.adapter import adapter_pipeline, export_adapter
     from tbcm.inference.exporting import export
     from tbcm.inference.pipeline_call import adapter_call, how_to_call
-    from tbcm.inference.student import open_source
+    from tbcm.inference.student import open_origin
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     out: Path = arguments.out
@@ -45,11 +45,11 @@ def main() -> None:
         raise UserError(f"{out} exists already: choose another folder or remove it")
     run, average = str(arguments.run), arguments.weights == "ema"
     if arguments.adapter:
-        source = export_adapter(run, out, dtype=dtype, average=average)
-        call = adapter_call(adapter_pipeline(source), source.config, str(out), dtype)
+        origin = export_adapter(run, out, dtype=dtype, average=average)
+        call = adapter_call(adapter_pipeline(origin), origin.config, str(out), dtype)
     else:
         export(run, out, dtype=dtype, average=average)
-        call = how_to_call(open_source(str(out)), dtype)
+        call = how_to_call(open_origin(str(out)), dtype)
     print(f"wrote {out}; with plain diffusers:\n\n{call}", end="")
 
 

@@ -18,7 +18,7 @@ from tbcm.evaluation.icons import TEACHER_STEPS, IconJudge, middle, spread
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import key, stored, teacher_origin
 from tbcm.inference.generation import Sampler
-from tbcm.inference.student import load_student, open_source
+from tbcm.inference.student import load_student, open_origin
 from tbcm.runtime.checkpoint_files import checkpoints_in
 from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of
 from tbcm.setup.precision import student_weights
@@ -108,7 +108,7 @@ class IconRunner:
 
     def _student(self, run: Run) -> AnyNetwork:
         if run.arm.trained:
-            return load_student(open_source(run.config.out), self.device)
+            return load_student(open_origin(run.config.out), self.device)
         student = build_student(run.config, self.teacher.net).eval()
         return student.to(student_weights(run.config, self.device))
 

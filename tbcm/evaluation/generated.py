@@ -32,7 +32,7 @@ class Generated:
 
     Args:
         identity: what tells the sampler's weights and the meaning of its inputs from others'
-            (`tbcm.evaluation.subjects`).
+            (`tbcm.evaluation.candidates`).
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from tbcm.data.prompts import load_prompts
 from tbcm.errors import UserError
 from tbcm.evaluation import METRICS
 from tbcm.evaluation.agreement import relative_errors
+from tbcm.evaluation.candidates import Candidate, Candidates, open_candidates
 from tbcm.evaluation.clip import Clip
 from tbcm.evaluation.efficientnet import load_network
 from tbcm.evaluation.generated import Generated, read
@@ -26,7 +27,6 @@ from tbcm.evaluation.references import open_reference
 from tbcm.evaluation.report import facts
 from tbcm.evaluation.speed import speed
 from tbcm.evaluation.stored import sha256
-from tbcm.evaluation.subjects import Subject, Subjects, open_subjects
 from tbcm.icons.masks import SIZE
 from tbcm.runtime import distributed
 
@@ -73,7 +73,7 @@ class Measure:
 
 def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
     """Every rank calls it, and gets the report."""
-    subjects = open_subjects(
+    candidates = open_candidates(
         options.source,
         device,
         teacher=options.teacher,
@@ -81,18 +81,18 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         agree_with=options.agree_with,
         batch=options.batch,
     )
-    config = subjects.student.sampler.config
+    config = candidates.student.sampler.config
     reference = None if options.reference is None else open_reference(options.reference)
-    icons = subjects.icons and options.prompts is None and reference is None
-    metrics = _metrics(options, icons, reference, subjects.teacher is not None)
+    icons = candidates.icons and options.prompts is None and reference is None
+    metrics = _metrics(options, icons, reference, candidates.teacher is not None)
     if icons:
-        measure = _measure_icons(options, subjects, metrics, device)
+        measure = _measure_icons(options, candidates, metrics, device)
     else:
-        measure = _measure_photographs(options, reference, metrics, subjects.student.sampler.size, device)
+        measure = _measure_photographs(options, reference, metrics, candidates.student.sampler.size, device)
     guidance = config.method.default_guidance if options.guidance is None else options.guidance
-    rows = [_row(options, subjects, measure, metrics, steps, guidance) for steps in options.steps]
+    rows = [_row(options, candidates, measure, metrics, steps, guidance) for steps in options.steps]
     return {
-        "source": {"path": options.source, **subjects.student.identity},
+        "source": {"path": options.source, **candidates.student.identity},
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "metrics": metrics,
         "images": len(measure.prompts),
@@ -107,15 +107,15 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
 
 
 def _row(
-    options: Options, subjects: Subjects, measure: Measure, metrics: list[str], steps: int, guidance: float
+    options: Options, candidates: Candidates, measure: Measure, metrics: list[str], steps: int, guidance: float
 ) -> dict[str, Any]:
     """All values of images in so many steps."""
     prompts, row = measure.prompts, {"steps": steps}
 
-    def generated(subject: Subject, prompts: list[str], steps: int) -> Generated:
+    def generated(candidate: Candidate, prompts: list[str], steps: int) -> Generated:
         return Generated(
-            subject.sampler,
-            subject.identity,
+            candidate.sampler,
+            candidate.identity,
             prompts,
             steps=steps,
             guidance=guidance,
@@ -125,17 +125,17 @@ def _row(
 
     found: dict[str, float] = {}
     if _of_images(metrics):
-        files = generated(subjects.student, prompts, steps).images()
+        files = generated(candidates.student, prompts, steps).images()
         found |= distributed.run_on_main(lambda: measure.of(files))
-    if "agreement" in metrics and subjects.teacher is not None:
+    if "agreement" in metrics and candidates.teacher is not None:
         count = min(options.agreement_images, len(prompts))
         some = [prompts[i] for i in spread(count, len(prompts))]
-        ours = generated(subjects.student, some, steps).latents()
-        errors = relative_errors(ours, generated(subjects.teacher, some, TEACHER_STEPS).latents())
+        ours = generated(candidates.student, some, steps).latents()
+        errors = relative_errors(ours, generated(candidates.teacher, some, TEACHER_STEPS).latents())
         found |= {"agreement_error": errors.mean().item(), "agreement_spread": errors.std().item()}
         found |= {"agreement_n": count}
     if "speed" in metrics:
-        sampler, batch = subjects.student.sampler, options.batch
+        sampler, batch = candidates.student.sampler, options.batch
         found |= distributed.run_on_main(lambda: speed(sampler, prompts, steps=steps, guidance=guidance, batch=batch))
     return row | found
 
@@ -158,12 +158,12 @@ def _metrics(options: Options, icons: bool, reference: CaptionedImages | None, t
     return options.metrics
 
 
-def _measure_icons(options: Options, subjects: Subjects, metrics: list[str], device: torch.device) -> Measure:
-    assert subjects.teacher is not None  # or nothing would say that these are icons
+def _measure_icons(options: Options, candidates: Candidates, metrics: list[str], device: torch.device) -> Measure:
+    assert candidates.teacher is not None  # or nothing would say that these are icons
     images, distance, text = options.images or DEFAULT_IMAGES, "distance" in metrics, "text" in metrics
     if not 2 <= images <= MOST_IMAGES:
         raise UserError(f"--images {images}: give 2 to {MOST_IMAGES}, of as many prompts")
-    judge = IconJudge(subjects.teacher.sampler, images, cache=options.cache, device=device)
+    judge = IconJudge(candidates.teacher.sampler, images, cache=options.cache, device=device)
 
     def load() -> None:
         load_network(device)

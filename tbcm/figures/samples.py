@@ -10,7 +10,7 @@ from tbcm.figures import style
 from tbcm.figures.style import Drawing
 from tbcm.figures.subject import Request, choose_prompts, is_student, open_teacher, teacher_config
 from tbcm.inference.generation import Sampler, open_sampler
-from tbcm.inference.student import PIPELINE_CONFIG, open_source
+from tbcm.inference.student import PIPELINE_CONFIG, open_origin
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,10 @@ def open_arms(request: Request) -> tuple[Sampler | None, Sampler | None]:
     """Student and teacher: both of a run, and of an exported pipeline whose teacher can be read; else the one there
     is."""
     path = request.source
-    if not open_source(path).is_run and not is_student(path):
+    if not open_origin(path).is_run and not is_student(path):
         return None, open_teacher(teacher_config(path), request.device)
     student = open_sampler(path, device=request.device)
-    if not (Path(path) / PIPELINE_CONFIG).is_file() and not open_source(path).is_run:
+    if not (Path(path) / PIPELINE_CONFIG).is_file() and not open_origin(path).is_run:
         return student, None  # a student that this package did not write: its teacher is not known
     try:
         return student, open_teacher(teacher_config(path), request.device)

@@ -15,7 +15,7 @@ from tbcm.config import Config, Data, load_config
 from tbcm.config.methods import Route, trajectories_of
 from tbcm.errors import UserError
 from tbcm.inference.generation import NoiseSource, Sampler
-from tbcm.inference.student import NO_PROMPTS, PIPELINE_CONFIG, open_source
+from tbcm.inference.student import NO_PROMPTS, PIPELINE_CONFIG, open_origin
 from tbcm.method.rollout import rollout
 from tbcm.method.types import Trajectory
 from tbcm.models.pipeline import Pipeline
@@ -55,10 +55,10 @@ def teacher_config(path: str) -> Config:
     """Of a run's teacher, of the teacher that an exported pipeline was distilled from, or of a pipeline that is one."""
     if (Path(path) / PIPELINE_CONFIG).is_file():
         return load_config(Path(path) / PIPELINE_CONFIG)
-    source = open_source(path)
-    if not source.is_run and is_student(path):
+    origin = open_origin(path)
+    if not origin.is_run and is_student(path):
         raise UserError(f"{path}: a few-step student; this figure needs its teacher, or a run of tbcm")
-    return source.config
+    return origin.config
 
 
 def is_student(path: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tbcm.errors import UserError
 from tbcm.inference.exporting import own_pipeline
 from tbcm.inference.pipeline_call import adapter_card
-from tbcm.inference.student import PIPELINE_CONFIG, Source, open_run, student_of_run
+from tbcm.inference.student import PIPELINE_CONFIG, Origin, open_run, student_of_run
 from tbcm.models.embedders import time_embedders
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.network import DiffusersNetwork
@@ -24,7 +24,7 @@ from tbcm.runtime.files import atomic_folder
 from tbcm.setup.networks import AnyNetwork
 
 
-def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> Source:
+def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> Origin:
     """Writes the folder `out`: the adapter as `load_lora_weights` takes it, the scheduler, and how to call them.
 
     Raises:
@@ -32,13 +32,13 @@ def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = T
     """
     from tbcm.models.lora import state_of
 
-    source = open_run(run)
-    if source.config.student.lora is None:
+    origin = open_run(run)
+    if origin.config.student.lora is None:
         raise UserError(f"{run}: trained all weights (student.lora is null): export it without --adapter")
-    pipeline = adapter_pipeline(source)
-    few = pipeline.few_steps(1, source.config.resolution[0])
-    student = student_of_run(source, torch.device("cpu"), average=average, merged=False)
-    shifts = guidance_shifts(student, source.config.method.default_guidance)
+    pipeline = adapter_pipeline(origin)
+    few = pipeline.few_steps(1, origin.config.resolution[0])
+    student = student_of_run(origin, torch.device("cpu"), average=average, merged=False)
+    shifts = guidance_shifts(student, origin.config.method.default_guidance)
     state = {name: value.to(dtype) for name, value in state_of(student.backbone, shifts).items()}
     if not isinstance(student, DiffusersNetwork) and shifts:  # where diffusers has it without a guidance embedding
         state = {name.replace("time_embed.timestep", "time_embed.emb.timestep"): x for name, x in state.items()}
@@ -46,17 +46,17 @@ def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = T
     with atomic_folder(out) as part:
         cls.save_lora_weights(part, **{f"{pipeline.family.network}_lora_layers": state})
         few.scheduler.save_pretrained(part / "scheduler")
-        (part / PIPELINE_CONFIG).write_text(source.config.to_yaml(), encoding="utf-8")
-        (part / "README.md").write_text(adapter_card(pipeline, source.config, str(out), dtype), encoding="utf-8")
-    return source
+        (part / PIPELINE_CONFIG).write_text(origin.config.to_yaml(), encoding="utf-8")
+        (part / "README.md").write_text(adapter_card(pipeline, origin.config, str(out), dtype), encoding="utf-8")
+    return origin
 
 
-def adapter_pipeline(source: Source) -> FamilyPipeline:
+def adapter_pipeline(origin: Origin) -> FamilyPipeline:
     """The teacher's own pipeline. Raises UserError where it cannot run this student's adapter."""
-    name = source.pipeline.index.get("_class_name")
+    name = origin.pipeline.index.get("_class_name")
     if not hasattr(getattr(diffusers, str(name), None), "load_lora_weights"):
-        raise UserError(f"{source.path}: diffusers' {name} has no load_lora_weights: export the run without --adapter")
-    return own_pipeline(source)
+        raise UserError(f"{origin.path}: diffusers' {name} has no load_lora_weights: export the run without --adapter")
+    return own_pipeline(origin)
 
 
 @torch.no_grad()

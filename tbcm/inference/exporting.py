@@ -11,7 +11,7 @@ from torch import nn
 
 from tbcm.errors import UserError
 from tbcm.inference.pipeline_call import family_card, model_card
-from tbcm.inference.student import PIPELINE_CONFIG, Source, load_student, open_run
+from tbcm.inference.student import PIPELINE_CONFIG, Origin, load_student, open_run
 from tbcm.models.embedders import fold_guidance
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.families.writing import copy_pipeline
@@ -30,90 +30,90 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     Raises:
         UserError: not a run, no checkpoint, or a teacher whose time no pipeline of diffusers can express.
     """
-    source = open_run(run)
-    own = None if is_sprints(source) else own_pipeline(source)
-    student = load_student(source, torch.device("cpu"), torch.float32, average=average)
+    origin = open_run(run)
+    own = None if is_sprints(origin) else own_pipeline(origin)
+    student = load_student(origin, torch.device("cpu"), torch.float32, average=average)
     if own is not None:
-        write_own_pipeline(student, own, source, out, dtype)
+        write_own_pipeline(student, own, origin, out, dtype)
     else:
         assert isinstance(student, SanaTrigFlow)
-        write_sprint_pipeline(student, source, out, dtype)
+        write_sprint_pipeline(student, origin, out, dtype)
 
 
-def is_sprints(source: Source) -> bool:
+def is_sprints(origin: Origin) -> bool:
     """Whether SanaSprintPipeline, which passes its network the flow-matching time s in [0, 1], runs this student."""
-    pipeline = source.pipeline
+    pipeline = origin.pipeline
     return isinstance(pipeline, Pipeline) and abs(pipeline.timestep_scale - 1) <= 1e-6
 
 
-def own_pipeline(source: Source) -> FamilyPipeline:
+def own_pipeline(origin: Origin) -> FamilyPipeline:
     """The teacher's own pipeline. Raises UserError where it does not call the network as the student was trained."""
-    pipeline = source.pipeline
+    pipeline = origin.pipeline
     if isinstance(pipeline, FamilyPipeline):
         return pipeline
     name = pipeline.index.get("_class_name")
     if name != "SanaPipeline" or pipeline.config("transformer")["guidance_embeds"]:
         raise UserError(
-            f"{source.path}: its teacher's network time is {pipeline.timestep_scale:g} s, and no pipeline of diffusers"
+            f"{origin.path}: its teacher's network time is {pipeline.timestep_scale:g} s, and no pipeline of diffusers"
             f" passes that to a {name} that embeds guidance; tbcm.sample can run it, but it cannot be exported so"
         )
     family = FamilyPipeline(pipeline)
     own = float(getattr(family.formulation, "scale", 1.0))
     if abs(own - pipeline.timestep_scale) > 1e-6 * own:
         raise UserError(
-            f"{source.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives"
+            f"{origin.path}: teacher.timestep_scale = {pipeline.timestep_scale:g} is not what its own pipeline gives"
             f" the network ({own:g}); tbcm.sample can run it, but it cannot be exported so"
         )
     return family
 
 
-def write_sprint_pipeline(student: SanaTrigFlow, source: Source, out: Path, dtype: torch.dtype) -> None:
+def write_sprint_pipeline(student: SanaTrigFlow, origin: Origin, out: Path, dtype: torch.dtype) -> None:
     """A SanaSprintPipeline folder: the student's transformer, the teacher's VAE and text encoder, and a scheduler."""
-    config = source.config
+    config = origin.config
     backbone = student.backbone.to(dtype)
     # This is what SanaSprintPipeline does, whatever the teacher's schedulers do.
     backbone.register_to_config(timestep_scale=1.0)
-    tokenizer, text_encoder = _text_parts(source, dtype)
+    tokenizer, text_encoder = _text_parts(origin, dtype)
     pipeline = SanaSprintPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=source.pipeline.load_vae(dtype),
+        vae=origin.pipeline.load_vae(dtype),
         transformer=backbone,
         scheduler=SCMScheduler(sigma_data=config.method.sigma_data),
     )
     with atomic_folder(out) as part:
         pipeline.save_pretrained(part)
-        _write_texts(part, source, model_card(config, str(out), dtype))
+        _write_texts(part, origin, model_card(config, str(out), dtype))
 
 
 def write_own_pipeline(
-    student: SanaTrigFlow | DiffusersNetwork, pipeline: FamilyPipeline, source: Source, out: Path, dtype: torch.dtype
+    student: SanaTrigFlow | DiffusersNetwork, pipeline: FamilyPipeline, origin: Origin, out: Path, dtype: torch.dtype
 ) -> None:
     """A folder of the teacher's own pipeline class, with the student's network and a scheduler that samples it.
 
     Where the class embeds no guidance, that of the middle scale trained on is folded into the weights.
     """
-    config = source.config
+    config = origin.config
     few, scale = pipeline.few_steps(1, config.resolution[0]), config.method.default_guidance
     if isinstance(student, SanaTrigFlow):
         network: nn.Module = without_guidance(student, scale)
-        text = dict(zip(("tokenizer", "text_encoder"), _text_parts(source, dtype), strict=True))
+        text = dict(zip(("tokenizer", "text_encoder"), _text_parts(origin, dtype), strict=True))
     else:
         network, text = student.backbone, {}
         if student.guidance_embedding is not None:
             fold_guidance(network, student.guidance_embedding, scale)
     with atomic_folder(out) as part:
         copy_pipeline(pipeline, network.to(dtype), few.scheduler, part, dtype, **text)
-        _write_texts(part, source, family_card(pipeline, config, str(out), dtype))
+        _write_texts(part, origin, family_card(pipeline, config, str(out), dtype))
 
 
-def _write_texts(part: Path, source: Source, card: str) -> None:
-    (part / PIPELINE_CONFIG).write_text(source.config.to_yaml(), encoding="utf-8")
+def _write_texts(part: Path, origin: Origin, card: str) -> None:
+    (part / PIPELINE_CONFIG).write_text(origin.config.to_yaml(), encoding="utf-8")
     (part / "README.md").write_text(card, encoding="utf-8")
 
 
-def _text_parts(source: Source, dtype: torch.dtype) -> tuple[Any, Any]:
+def _text_parts(origin: Origin, dtype: torch.dtype) -> tuple[Any, Any]:
     """Gemma's tokenizer and Gemma; None for other encoders, for which the pipeline is to be given embeddings."""
-    if source.config.text.encoder != "gemma2":
+    if origin.config.text.encoder != "gemma2":
         return None, None
-    return text_pipeline_of(source.config).load_text_encoder(dtype)
+    return text_pipeline_of(origin.config).load_text_encoder(dtype)

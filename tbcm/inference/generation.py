@@ -12,7 +12,7 @@ from torch import Tensor
 from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.inference.images import to_uint8
-from tbcm.inference.student import load_student, open_source
+from tbcm.inference.student import load_student, open_origin
 from tbcm.method.rollout import embedded, rollout
 from tbcm.method.sampling import consistency_sample
 from tbcm.method.types import Condition
@@ -132,7 +132,7 @@ def open_sampler(
         UserError: there is none, or it makes no images of that size.
     """
     place = pick_device(device)
-    source = open_source(path)
-    source.pipeline.check_size(size or source.config.resolution[0])  # before weights are read
-    net = build_teacher(source.config, place) if teacher else load_student(source, place, average=average)
-    return Sampler(net, build_text(source.config, place), source.config, source.pipeline, teacher=teacher, size=size)
+    origin = open_origin(path)
+    origin.pipeline.check_size(size or origin.config.resolution[0])  # before weights are read
+    net = build_teacher(origin.config, place) if teacher else load_student(origin, place, average=average)
+    return Sampler(net, build_text(origin.config, place), origin.config, origin.pipeline, teacher=teacher, size=size)

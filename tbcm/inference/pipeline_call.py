@@ -10,7 +10,7 @@ from tbcm.config import Config
 from tbcm.models.families.pipeline import FamilyPipeline
 
 if TYPE_CHECKING:
-    from tbcm.inference.student import Source
+    from tbcm.inference.student import Origin
 
 PIPELINE_MULTIPLE = 32
 """SanaSprintPipeline refuses heights and widths that are no multiples of it."""
@@ -154,10 +154,10 @@ and `pipe.fuse_lora()` refuses them where the network's own layers have none. `p
 """
 
 
-def how_to_call(source: Source, dtype: torch.dtype) -> str:
+def how_to_call(origin: Origin, dtype: torch.dtype) -> str:
     """The call of an exported folder."""
-    pipeline = source.pipeline
+    pipeline = origin.pipeline
     if pipeline.index.get("_class_name") == "SanaSprintPipeline":
-        return call_of(source.config, source.path, dtype)
+        return call_of(origin.config, origin.path, dtype)
     own = pipeline if isinstance(pipeline, FamilyPipeline) else FamilyPipeline(pipeline)
-    return family_call(own, source.config, source.path, dtype)
+    return family_call(own, origin.config, origin.path, dtype)

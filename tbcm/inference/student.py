@@ -29,7 +29,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """A folder of this package (a run, or an exported pipeline) or any Sana pipeline of diffusers.
 
     `config` says how its text, latents and times are to be understood; `is_run` whether the weights are checkpoints.
@@ -47,12 +47,12 @@ class Source:
         return open_pipeline(Pipeline(self.path))
 
 
-def open_source(path: str) -> Source:
+def open_origin(path: str) -> Origin:
     """Raises UserError where `path` is neither a run nor a pipeline."""
     folder = Path(path)
     if (folder / RUN_CONFIG).is_file():
         config = load_config(folder / RUN_CONFIG)
-        return Source(path, config.model_copy(update={"out": path}), is_run=True)  # it may have been moved
+        return Origin(path, config.model_copy(update={"out": path}), is_run=True)  # it may have been moved
     if (folder / ADAPTER).is_file():
         raise UserError(f"{path}: an adapter alone; load it with diffusers as its README.md says, or sample its run")
     if (folder / PIPELINE_CONFIG).is_file():
@@ -60,18 +60,18 @@ def open_source(path: str) -> Source:
         # The folder has everything: what its configuration calls the teacher's is here.
         teacher = config.teacher.model_copy(update={"path": path, "revision": None, "variant": None})
         text = config.text.model_copy(update={"path": None})
-        return Source(path, config.model_copy(update={"teacher": teacher, "text": text}), is_run=False)
+        return Origin(path, config.model_copy(update={"teacher": teacher, "text": text}), is_run=False)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{path}: neither a run ({RUN_CONFIG}) nor a pipeline (model_index.json)")
-    return Source(path, _config_of_pipeline(path), is_run=False)
+    return Origin(path, _config_of_pipeline(path), is_run=False)
 
 
-def open_run(path: str) -> Source:
+def open_run(path: str) -> Origin:
     """Raises UserError where `path` is no run."""
-    source = open_source(path)
-    if not source.is_run:
+    origin = open_origin(path)
+    if not origin.is_run:
         raise UserError(f"{path}: not a run (it has no {RUN_CONFIG})")
-    return source
+    return origin
 
 
 def _config_of_pipeline(path: str) -> Config:
@@ -92,35 +92,35 @@ def _config_of_pipeline(path: str) -> Config:
 
 
 def load_student(
-    source: Source, device: torch.device, dtype: torch.dtype | None = None, *, average: bool = True
+    origin: Origin, device: torch.device, dtype: torch.dtype | None = None, *, average: bool = True
 ) -> AnyNetwork:
     """The frozen student, with weights in `dtype` (default: as configured): of a run, the newest checkpoint's (EMA
     weights, or the last ones); of a pipeline, its own."""
-    dtype = dtype or student_weights(source.config, device)
-    if source.is_run:
-        return student_of_run(source, device, average=average).to(dtype)
-    pipeline = source.pipeline
-    name, ours = pipeline.index.get("_class_name"), (Path(source.path) / PIPELINE_CONFIG).is_file()
+    dtype = dtype or student_weights(origin.config, device)
+    if origin.is_run:
+        return student_of_run(origin, device, average=average).to(dtype)
+    pipeline = origin.pipeline
+    name, ours = pipeline.index.get("_class_name"), (Path(origin.path) / PIPELINE_CONFIG).is_file()
     if not ours and name != "SanaSprintPipeline":
-        raise UserError(f"{source.path}: a {name} is a teacher, not a few-step student; add --teacher")
+        raise UserError(f"{origin.path}: a {name} is a teacher, not a few-step student; add --teacher")
     if isinstance(pipeline, FamilyPipeline):
         return pipeline.load_teacher(dtype, device)  # its guidance is in its weights
     scale = 1.0 if name == "SanaSprintPipeline" else pipeline.timestep_scale
     return load_teacher(pipeline, dtype, device, timestep_scale=scale)
 
 
-def student_of_run(source: Source, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
+def student_of_run(origin: Origin, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
     """The frozen student of a run's newest checkpoint, in fp32; `merged`: with its adapters, if any, in its weights."""
-    lora = source.config.student.lora
+    lora = origin.config.student.lora
     # Adapters are added to weights in full precision.
-    teacher = build_teacher(source.config, device, torch.float32 if lora else None)
-    student = build_student(source.config, teacher)
+    teacher = build_teacher(origin.config, device, torch.float32 if lora else None)
+    student = build_student(origin.config, teacher)
     if average:
         ema = EMA(student)
-        checkpoint.load(source.path, {"ema": ema})
+        checkpoint.load(origin.path, {"ema": ema})
         ema.copy_to(student)
     else:
-        checkpoint.load(source.path, {"student": TrainedWeights(student)})
+        checkpoint.load(origin.path, {"student": TrainedWeights(student)})
     freeze(student)
     if lora and merged:
         from tbcm.models.lora import merge

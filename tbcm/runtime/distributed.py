@@ -152,7 +152,7 @@ def local_slice(n: int) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def local_parts(n: int, at_once: int | None) -> list[slice]:
+def local_slices(n: int, at_once: int | None) -> list[slice]:
     """`local_slice(n)` in parts of at most `at_once` prompts (None: in one)."""
     share = local_slice(n)
     size = at_once or share.stop - share.start

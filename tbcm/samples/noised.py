@@ -18,7 +18,7 @@ from tbcm.data.latents import CaptionedLatents
 from tbcm.method.route import logit_normal_times
 from tbcm.method.scm import scm_trajectory
 from tbcm.models.loading import AnyPipeline
-from tbcm.runtime.distributed import local_parts
+from tbcm.runtime.distributed import local_slices
 from tbcm.runtime.phases import phase
 from tbcm.samples.rollouts import Batch, Draws, GuidedTeacher, Stream, Text, draw, draw_size
 
@@ -47,7 +47,7 @@ class VaeLatents:
 
 
 class NoisedLatents:
-    """The baselines' source: noised latents, at most `prompts_per_rollout` at once (`tbcm.samples.rollouts.Source`).
+    """The baselines': noised latents, at most `prompts_per_rollout` at once (`tbcm.samples.rollouts.SampleSource`).
 
     Every sample costs a text encoding, one teacher velocity and, unless it is precomputed, a VAE encoding. Noise and
     guidance are the very draws that TBCM makes for the same seed and step. `shapes` are those of a latent [C, h, w], of
@@ -71,16 +71,16 @@ class NoisedLatents:
         self.teacher, self.text, self.latents = teacher, text, latents
         self.shapes, self.method, self.t_max, self.seed, self.device = shapes, method, t_max, seed, device
         self.prompts_per_step = prompts_per_step
-        self.parts = local_parts(prompts_per_step, prompts_per_rollout)
-        self.batches, self.first_point, self.samples_per_prompt = len(self.parts), 0, 1
+        self.slices = local_slices(prompts_per_step, prompts_per_rollout)
+        self.batches, self.first_point, self.samples_per_prompt = len(self.slices), 0, 1
 
     def __call__(self, step: int) -> Iterator[Batch]:
         size = len(self.latents), self.prompts_per_step, step
         indices, epochs = batch_indices(*size, self.seed), batch_epochs(*size)
         image_size = draw_size([*self.shapes], self.seed, step)
         draws = self._draw(step, self.shapes[image_size])
-        for part in self.parts:
-            yield self._batch(indices[part], epochs[part], draws[part], image_size)
+        for some in self.slices:
+            yield self._batch(indices[some], epochs[some], draws[some], image_size)
 
     def _draw(self, step: int, shape: Sequence[int]) -> Draws:
         guidance = self.method.guidance

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from tbcm.samples.rollouts import Batch, Source
+from tbcm.samples.rollouts import Batch, SampleSource
 
 
 class Overlapped:
@@ -18,7 +18,7 @@ class Overlapped:
     merely done earlier.
     """
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, source: SampleSource, device: torch.device) -> None:
         self.source = source
         self.batches, self.samples_per_prompt = source.batches, source.samples_per_prompt
         self.first_point = source.first_point

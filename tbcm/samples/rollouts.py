@@ -19,7 +19,7 @@ from tbcm.method.route import logit_normal_route, random_route, reference_route
 from tbcm.method.tbcm import first_training_point
 from tbcm.method.types import Condition, TeacherNetwork, Trajectory
 from tbcm.models.text import TextEncoder, encode_null
-from tbcm.runtime.distributed import local_parts
+from tbcm.runtime.distributed import local_slices
 from tbcm.runtime.graphs import Graphed
 from tbcm.runtime.phases import phase
 from tbcm.runtime.seeding import generator, stream_bytes
@@ -182,7 +182,7 @@ class Batch:
     keep: Tensor
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Step number -> this rank's `batches` batches. Of each prompt's points the first `first_point` are not trained on,
     which leaves `samples_per_prompt`."""
 
@@ -215,8 +215,8 @@ class TeacherRollouts:
         self.prompts_per_step = prompts_per_step
         self._size_of = {tuple(one.shape): size for size, one in black.items()}
         self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false", limit=GRAPHS) if cuda_graph else None
-        self.parts = local_parts(prompts_per_step, prompts_per_rollout)
-        self.batches = len(self.parts)
+        self.slices = local_slices(prompts_per_step, prompts_per_rollout)
+        self.batches = len(self.slices)
         self.first_point = first_training_point(t_max)
         self.samples_per_prompt = method.route.points - self.first_point
 
@@ -226,9 +226,9 @@ class TeacherRollouts:
         image_size = draw_size([*self.black], self.seed, step)
         black, guidance = self.black[image_size], self.method.guidance
         draws = draw(self.seed, step, self.prompts_per_step, black.shape, guidance, self._draw_routes, black.device)
-        for part in self.parts:
-            prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[part]]
-            yield self._batch(prompts, draws[part], image_size)
+        for some in self.slices:
+            prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[some]]
+            yield self._batch(prompts, draws[some], image_size)
 
     def _draw_routes(self, stream: Stream) -> Tensor:
         route = self.method.route

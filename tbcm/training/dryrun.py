@@ -36,8 +36,8 @@ def dry_run(config: Config, device_name: str | None) -> None:
     """
     device = distributed.init(device_name)
     sizes, config = config.resolution, config.model_copy(update={"resolution": (largest(config.resolution),)})
-    parts = distributed.local_parts(config.train.prompts_per_step, config.train.prompts_per_rollout)
-    prompts, rollouts = parts[0].stop - parts[0].start, len(parts)
+    slices = distributed.local_slices(config.train.prompts_per_step, config.train.prompts_per_rollout)
+    prompts, rollouts = slices[0].stop - slices[0].start, len(slices)
     if distributed.is_main():
         print(account(config, prompts, rollouts, sizes), flush=True)
     if device.type == "cuda":

@@ -170,9 +170,9 @@ def test_of_icons_only_what_is_asked_for_is_measured(
     for name in ("load_network", "read"):
         monkeypatch.setattr(run, name, lambda *arguments: None)
     monkeypatch.setattr(run, "IconJudge", Judge)
-    subjects: Any = SimpleNamespace(teacher=SimpleNamespace(sampler=None))
+    candidates: Any = SimpleNamespace(teacher=SimpleNamespace(sampler=None))
     options = Options("icons", tmp_path, tmp_path, [1], images=2)
-    measure = run._measure_icons(options, subjects, metrics, torch.device("cpu"))
+    measure = run._measure_icons(options, candidates, metrics, torch.device("cpu"))
     measure.of([])
     measure.floor()
     assert measure.of.__closure__ is not None

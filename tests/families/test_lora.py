@@ -24,7 +24,7 @@ from tbcm.errors import UserError
 from tbcm.inference.adapter import adapter_pipeline, export_adapter
 from tbcm.inference.exporting import export
 from tbcm.inference.generation import open_sampler
-from tbcm.inference.student import open_source
+from tbcm.inference.student import open_origin
 from tbcm.method.types import Condition
 from tbcm.models.families.rows import family_of
 from tbcm.models.loading import freeze, general_student
@@ -202,9 +202,9 @@ def test_train_resume_and_export_the_adapter(name: str, tmp_path: Path) -> None:
     latents = open_sampler(source, device="cpu").latents(prompts, steps=1, seed=3)
     export_adapter(source, tmp_path / "adapter", dtype=torch.float32)
     with pytest.raises(UserError, match="an adapter alone"):
-        open_source(str(tmp_path / "adapter"))
+        open_origin(str(tmp_path / "adapter"))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "teacher")
-    pipeline = adapter_pipeline(open_source(source))
+    pipeline = adapter_pipeline(open_origin(source))
     few = pipeline.few_steps(1, trainer.config.resolution[0])
     pipe.scheduler = type(few.scheduler).from_pretrained(tmp_path / "adapter", subfolder="scheduler")
     pipe.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors")

@@ -19,7 +19,7 @@ from tbcm.encode_images import encode_dataset
 from tbcm.errors import UserError
 from tbcm.inference.exporting import export
 from tbcm.inference.generation import NoiseSource, open_sampler
-from tbcm.inference.student import open_source
+from tbcm.inference.student import open_origin
 from tbcm.models.families import rows
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.setup.images import build_latents
@@ -183,7 +183,7 @@ def test_what_no_discriminator_can_look_at(name: str, layers: list[int] | None, 
 
 def by_diffusers(folder: Path, prompts: list[str], latents: torch.Tensor) -> None:
     """The exported folder's own pipeline, from the same noise."""
-    pipeline = open_source(str(folder)).pipeline
+    pipeline = open_origin(str(folder)).pipeline
     assert isinstance(pipeline, FamilyPipeline)
     draws_the_same(diffusers.DiffusionPipeline.from_pretrained(folder), pipeline, prompts, latents)
 

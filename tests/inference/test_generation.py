@@ -17,7 +17,7 @@ from tbcm import train
 from tbcm.config import load_config
 from tbcm.inference.exporting import export
 from tbcm.inference.generation import Sampler
-from tbcm.inference.student import load_student, open_source
+from tbcm.inference.student import load_student, open_origin
 from tbcm.models.loading import freeze
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
@@ -82,14 +82,14 @@ def test_a_student_computes_in_its_precision(
 @pytest.mark.parametrize(("precision", "kept"), [("bf16", torch.bfloat16), ("fp16", torch.float32)])
 def test_a_runs_student_is_kept_as_it_computes(run: Path, precision: str, kept: torch.dtype) -> None:
     """Nothing is cast on every call, but fp16, which has too little range for whole networks in it."""
-    source = replace(open_source(str(run)), config=load_config(run / "config.yaml", [f"student.precision={precision}"]))
+    source = replace(open_origin(str(run)), config=load_config(run / "config.yaml", [f"student.precision={precision}"]))
     assert {weight.dtype for weight in load_student(source, CPU).parameters()} == {kept}
 
 
 def test_an_export_is_of_the_exact_weights(run: Path, tmp_path: Path) -> None:
     export(str(run), tmp_path / "out", dtype=torch.float32)
-    written = load_student(open_source(str(tmp_path / "out")), CPU, torch.float32).state_dict()
-    exact = load_student(open_source(str(run)), CPU, torch.float32)
+    written = load_student(open_origin(str(tmp_path / "out")), CPU, torch.float32).state_dict()
+    exact = load_student(open_origin(str(run)), CPU, torch.float32)
     assert any((weight != weight.bfloat16()).any() for weight in exact.parameters())
     for name, value in written.items():
         assert torch.equal(value, exact.state_dict()[name]), name

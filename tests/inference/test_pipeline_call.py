@@ -16,7 +16,7 @@ from tbcm.config import Config
 from tbcm.config.resolution import Size
 from tbcm.inference.exporting import write_sprint_pipeline
 from tbcm.inference.pipeline_call import call_of
-from tbcm.inference.student import Source
+from tbcm.inference.student import Origin
 from tbcm.setup.networks import build_student, build_teacher
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def exported(tmp_path: Path, *, sample_size: int, blocks: int, image_size: Size,
         tmp_path / "run", resolution=list(image_size), teacher={"path": str(tmp_path / "teacher"), "null_mask": "own"}
     )
     student = build_student(config, build_teacher(config, CPU))
-    write_sprint_pipeline(student, Source(str(tmp_path / "run"), config, is_run=True), tmp_path / "out", dtype)
+    write_sprint_pipeline(student, Origin(str(tmp_path / "run"), config, is_run=True), tmp_path / "out", dtype)
     return config
 
 

@@ -46,9 +46,9 @@ def test_shares_are_contiguous_equal_and_cover_everything(monkeypatch: pytest.Mo
     assert [len(share) for share in shares] == [8] * 4
     assert list(itertools.chain(*shares)) == list(range(32))
     # Rank 3 has prompts 24 to 31.
-    assert distributed.local_parts(32, None) == [slice(24, 32)]
-    assert distributed.local_parts(32, 3) == [slice(24, 27), slice(27, 30), slice(30, 32)]
-    assert distributed.local_parts(32, 100) == [slice(24, 32)]
+    assert distributed.local_slices(32, None) == [slice(24, 32)]
+    assert distributed.local_slices(32, 3) == [slice(24, 27), slice(27, 30), slice(30, 32)]
+    assert distributed.local_slices(32, 100) == [slice(24, 32)]
     with pytest.raises(UserError, match="30 prompts a step cannot be shared by 4 ranks"):
         distributed.local_slice(30)
 

@@ -83,7 +83,7 @@ class Adversary:
 
     In a step: `loss` of each batch, with the student's graph; right after that one's backward pass `learn`, which shows
     the discriminator the same fakes beside real ones; at last `update`. `teacher` is frozen and runs in `autocast`; the
-    global batch of a step has `images`, of which this rank's batches are `parts`.
+    global batch of a step has `images`, of which this rank's batches are `slices`.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Adversary:
         t_max: float,
         seed: int,
         images: int,
-        parts: Sequence[slice],
+        slices: Sequence[slice],
         device: torch.device,
     ) -> None:
         self.teacher, self.autocast, self.method = teacher, autocast, method
-        self.t_max, self.seed, self.images, self.parts = t_max, seed, images, parts
+        self.t_max, self.seed, self.images, self.slices = t_max, seed, images, slices
         a = method.adversary
         self.layers = spread_layers(len(teacher.blocks)) if a.layers is None else sorted(a.layers)
         with seeded(device, seed, "discriminator"), torch.device(device):
@@ -113,7 +113,7 @@ class Adversary:
         weighted; and shares of figures."""
         sigma_data, x0, guidance = self.method.sigma_data, batch.trajectory.x0, batch.trajectory.guidance
         draws = draw_adversarial(self.seed, step, self.images, x0.shape[1:], self.method, self.t_max, x0.device)
-        draws = draws[self.parts[index]]
+        draws = draws[self.slices[index]]
         x = renoise(x0, sigma_data * draws.z, draws.t)
         F = student(x / sigma_data, draws.t, batch.condition, guidance).F
         fake = rotate(x, sigma_data * F.float(), draws.t)

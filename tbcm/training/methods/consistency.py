@@ -16,7 +16,7 @@ from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Network, Trajectory
 from tbcm.samples.overlap import Overlapped
-from tbcm.samples.rollouts import Batch, GuidedTeacher, Source
+from tbcm.samples.rollouts import Batch, GuidedTeacher, SampleSource
 from tbcm.setup.parts import Parts
 from tbcm.setup.precision import teacher_autocast
 
@@ -53,7 +53,7 @@ class Consistency(ABC):
         self.r = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
 
     @abstractmethod
-    def make_source(self, teacher: GuidedTeacher, device: torch.device, parts: Parts) -> Source:
+    def make_source(self, teacher: GuidedTeacher, device: torch.device, parts: Parts) -> SampleSource:
         """Where the samples of a step come from."""
 
     @property

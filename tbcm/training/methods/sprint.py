@@ -79,6 +79,6 @@ def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adver
         t_max=parts.teacher.t_max,
         seed=train.seed,
         images=train.prompts_per_step,
-        parts=distributed.local_parts(train.prompts_per_step, train.prompts_per_rollout),
+        slices=distributed.local_slices(train.prompts_per_step, train.prompts_per_rollout),
         device=device,
     )

@@ -11,14 +11,14 @@ import torch
 from tbcm.errors import UserError
 from tbcm.evaluation.stored import fingerprint, meaning, sha256
 from tbcm.inference.generation import Sampler, open_sampler
-from tbcm.inference.student import Source, open_source
+from tbcm.inference.student import Origin, open_origin
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_files import MANIFEST
 from tbcm.setup.networks import build_teacher
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A sampler, and what tells its images from others' (JSON): weights, and how text, time and latents are meant."""
 
     sampler: Sampler
@@ -26,28 +26,28 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Subjects:
+class Candidates:
     """`teacher` is None where none is known. `icons`: whether it is the shipped one."""
 
-    student: Subject
-    teacher: Subject | None
+    student: Candidate
+    teacher: Candidate | None
     icons: bool
 
 
-def open_subjects(
+def open_candidates(
     path: str, device: torch.device, *, teacher: bool, average: bool, agree_with: str | None, batch: int
-) -> Subjects:
+) -> Candidates:
     """What is at `path` (`teacher`: the teacher there, in the student's place), and its teacher: a run's own,
     `agree_with`, or a teacher itself. Every rank calls it."""
-    source = open_source(path)
+    origin = open_origin(path)
     # Before the weights are read: of a run that goes on, they may then be newer than said, never older.
-    identity = _identity(source, teacher=teacher, average=average)
+    identity = _identity(origin, teacher=teacher, average=average)
     sampler = open_sampler(path, teacher=teacher, average=average, device=device.type)
-    student = Subject(sampler, identity)
-    reference: Subject | None = None
+    student = Candidate(sampler, identity)
+    reference: Candidate | None = None
     if agree_with is not None:
-        other = open_source(agree_with)
-        reference = Subject(
+        other = open_origin(agree_with)
+        reference = Candidate(
             open_sampler(agree_with, teacher=True, device=device.type, size=sampler.size),
             _identity(other, teacher=True, average=False),
         )
@@ -58,28 +58,28 @@ def open_subjects(
             )
         icons = other.config.teacher.path == "icons"
     else:
-        icons = source.config.teacher.path == "icons"
+        icons = origin.config.teacher.path == "icons"
         if teacher:
             reference = student
-        elif source.is_run:
-            net = build_teacher(source.config, device)
-            mine = Sampler(net, sampler.text, source.config, source.pipeline, teacher=True)
-            reference = Subject(mine, _identity(source, teacher=True, average=False))
+        elif origin.is_run:
+            net = build_teacher(origin.config, device)
+            mine = Sampler(net, sampler.text, origin.config, origin.pipeline, teacher=True)
+            reference = Candidate(mine, _identity(origin, teacher=True, average=False))
     for each in filter(None, (student, reference)):
         each.sampler.batch = batch
-    return Subjects(student, reference, icons)
+    return Candidates(student, reference, icons)
 
 
-def _identity(source: Source, *, teacher: bool, average: bool) -> dict[str, Any]:
-    config = source.config
-    decoded_by = distributed.run_on_main(lambda: fingerprint(source.pipeline))
-    if not source.is_run or teacher:
+def _identity(origin: Origin, *, teacher: bool, average: bool) -> dict[str, Any]:
+    config = origin.config
+    decoded_by = distributed.run_on_main(lambda: fingerprint(origin.pipeline))
+    if not origin.is_run or teacher:
         return {"teacher": teacher, "pipeline": decoded_by, **meaning(config)}
-    newest = checkpoint.latest(source.path)
+    newest = checkpoint.latest(origin.path)
     if newest is None:
-        raise UserError(f"{source.path}: the run has no checkpoint yet; wait for one, or evaluate its --teacher")
+        raise UserError(f"{origin.path}: the run has no checkpoint yet; wait for one, or evaluate its --teacher")
     return {
-        "run": str(Path(source.path).resolve()),
+        "run": str(Path(origin.path).resolve()),
         "checkpoint": newest.name,
         "manifest": distributed.run_on_main(lambda: sha256(newest / MANIFEST)),
         "weights": "ema" if average else "last",
