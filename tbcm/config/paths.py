@@ -7,6 +7,7 @@ in a configuration, `path_argument` and `source_argument` are those of command l
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,11 @@ def resolved(path: str) -> str:
     itself."""
     found = path != "icons" and os.path.exists(path)  # noqa: PTH110 (Path.exists raises where it may not look)
     return os.path.realpath(path) if found else path
+
+
+def teacher_folder(path: str) -> Path:
+    """Where the teacher called `path` lies, if it is on this disk: 'icons' is the shipped one."""
+    return Path(str(resources.files("tbcm.icons") / "assets" / "teacher") if path == "icons" else path)
 
 
 def located(path: str) -> str:

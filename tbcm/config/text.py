@@ -31,14 +31,14 @@ def read_tree(path: str | Path, overrides: Sequence[str], model: type[BaseModel]
 
     Raises UserError, with file, line and column or the override.
     """
-    tree = _file(Path(path), model, ())
+    tree = read_file(Path(path), model)
     for override in overrides:
         _apply(tree, override, model)
     return tree
 
 
-def _file(path: Path, model: type[BaseModel], extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """`extended_by`: the files that led here, from the first one."""
+def read_file(path: Path, model: type[BaseModel], extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Its sections, on those of the files that it extends. `extended_by`: the files that led here, from the first."""
     by = f" ({EXTENDS} of {extended_by[-1]})" if extended_by else ""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -54,7 +54,7 @@ def _file(path: Path, model: type[BaseModel], extended_by: tuple[Path, ...]) -> 
     base, chain = _base(path, tree.pop(EXTENDS)), (*extended_by, path)
     if base.resolve() in [each.resolve() for each in chain]:
         raise UserError(f"{' extends '.join(map(str, (*chain, base)))}: in a circle; take one {EXTENDS} out")
-    return _merged(_file(base, model, chain), tree, model)
+    return merge(read_file(base, model, chain), tree, model)
 
 
 def _base(path: Path, name: Any) -> Path:
@@ -66,7 +66,7 @@ def _base(path: Path, name: Any) -> Path:
         raise UserError(f"{path}: {EXTENDS} = {shown(name)}: should be {error}") from None
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any], model: Any) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any], model: Any) -> dict[str, Any]:
     """Sections in one; of all else, and where `above` has another of several sections, what it says. (Only as deep as
     `model` has sections: YAML may nest in circles.)"""
     merged = {**below, **above}
@@ -77,7 +77,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any], model: Any) -> dict[st
             continue
         if len(sections) > 1 and len({part.get("name", _default_name(model, key)) for part in pair}) > 1:
             continue
-        merged[key] = _merged(*pair, annotation)
+        merged[key] = merge(*pair, annotation)
     return merged
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbcm.config import Config, Data, load_config
+from tbcm.config import Config, load_config
 from tbcm.config.methods import Route, trajectories_of
+from tbcm.config.sections import Data
 from tbcm.errors import UserError
 from tbcm.inference.generation import NoiseSource, Sampler
 from tbcm.inference.student import NO_PROMPTS, PIPELINE_CONFIG, open_origin

@@ -1,6 +1,7 @@
 """The asset folder that ships with the package, written by the recipes.
 
 teacher/            a diffusers SanaPipeline folder without text encoder (captions go through MiniLM), fp16
+teacher/tbcm_teacher.yaml          its card (see `tbcm.config.card`)
 teacher/black_latent.safetensors   "64": scaled latent [8, 8, 8] fp32 of an all-black 64 px image
 prompts.txt         captions of combinations that are trained on, one a line; prompts_heldout.txt of those held out
 drawings.webp       the drawings (see `tbcm.icons.dataset`): what real images are composed from
@@ -19,6 +20,7 @@ import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from safetensors.torch import save_file
 
+from tbcm.config.card import CARD
 from tbcm.icons.autoencoder import encode
 from tbcm.icons.captions import Catalogue, Prompt
 from tbcm.icons.dataset import Drawings, chance, write_drawings
@@ -27,6 +29,15 @@ from tbcm.icons.masks import SIZE
 from tbcm.icons.sampler import SHIFT
 from tbcm.runtime.files import atomic_folder, atomic_path
 
+TEACHER_CARD = """\
+# What no other file of this folder says of the teacher. Every configuration with this teacher.path begins from it.
+resolution: 64
+teacher:
+  architecture: icons
+  null_mask: own # its caption dropout replaced embedding and mask
+text: {encoder: minilm, max_tokens: 16}
+method: {guidance: [2.5]}
+"""
 STORED = torch.float16  # 11 bits of mantissa against 8 of bfloat16, and no weight comes near its range
 
 
@@ -47,6 +58,7 @@ def write_teacher(transformer: SanaTransformer2DModel, vae: AutoencoderDC, out: 
         stored = AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         black = encode(stored, torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))[0]
         save_file({str(SIZE): black.contiguous()}, folder / "black_latent.safetensors")
+        (folder / CARD).write_text(TEACHER_CARD, encoding="utf-8")
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes them private
 

@@ -75,16 +75,14 @@ def open_run(path: str) -> Origin:
 
 
 def _config_of_pipeline(path: str) -> Config:
-    """For a pipeline that this package did not write: the icons stand-in, else the conventions of its class."""
+    """For a pipeline that this package did not write: its card, and beyond that the conventions of its class."""
     pipeline = open_pipeline(Pipeline(path))
     icons = path == "icons"
     return parse_config(
         {
             "out": "unused",
             "resolution": pipeline.trained_size,
-            "teacher": {"path": path, "null_mask": "own" if icons else "conditional"},
-            "text": {"encoder": "minilm", "max_tokens": 16} if icons else {},
-            "method": {"guidance": [2.5]} if icons else {},
+            "teacher": {"path": path},
             "data": {"prompts": "icons" if icons else NO_PROMPTS},
         },
         path,

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tbcm.config import Lora
 from tbcm.config.resolution import Size, shown_size
+from tbcm.config.sections import Lora
 from tbcm.errors import UserError, first_line
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.identity import key_of_model, model_identity

@@ -21,7 +21,7 @@ import torch
 from tbcm_kernels.catalog import Dual
 from torch import Tensor, nn
 
-from tbcm.config import Lora
+from tbcm.config.sections import Lora
 from tbcm.errors import UserError, first_line, shown
 from tbcm.models.differentiation.dual import dual, dual_rule, pointwise, pointwise_rule
 

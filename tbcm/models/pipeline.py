@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor
 
+from tbcm.config.paths import teacher_folder
 from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Flow
@@ -62,7 +62,7 @@ class Pipeline:
     @cached_property
     def location(self) -> str:
         if self.path == "icons":
-            return str(resources.files("tbcm.icons") / "assets" / "teacher")
+            return str(teacher_folder(self.path))
         if os.path.exists(self.path) or self.path.startswith((".", "/", "~")):  # noqa: PTH110 - no error for any path
             return os.path.expanduser(self.path)  # noqa: PTH111
         return self.path  # a hub id

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tbcm.config import Config, Precision, Switch
+from tbcm.config import Config
+from tbcm.config.section import Precision, Switch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tbcm.config import Config, Precision
+from tbcm.config import Config
+from tbcm.config.section import Precision
 from tbcm.data.captions import digest
 from tbcm.errors import UserError
 from tbcm.models.network import DiffusersNetwork

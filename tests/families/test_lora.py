@@ -19,7 +19,7 @@ from families.wide import Wide
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tbcm.config import Lora
+from tbcm.config.sections import Lora
 from tbcm.errors import UserError
 from tbcm.inference.adapter import adapter_pipeline, export_adapter
 from tbcm.inference.exporting import export

@@ -13,7 +13,7 @@ from models.sana.test_tangent import WAYS
 from sana_cases import Batch, backbone_of, every_backbone
 from torch import Tensor, nn
 
-from tbcm.config import Lora
+from tbcm.config.sections import Lora
 from tbcm.errors import UserError
 from tbcm.models.fp8 import to_fp8
 from tbcm.models.loading import freeze

@@ -9,7 +9,7 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from torch import nn
 
-from tbcm.config import Lora
+from tbcm.config.sections import Lora
 from tbcm.errors import UserError
 from tbcm.models.architecture import defaults_of
 from tbcm.models.loading import freeze
