@@ -27,7 +27,8 @@ def compile_operator(
     operator: Operator, size: Size, dtype: torch.dtype, archs: Iterable[int], *, tangents: bool
 ) -> list[Compiled]:
     """All kernels of a call and of its backward pass, at this size and dtype of activations."""
-    arguments = operator.inputs(replace(size, rows=4, columns=4), dtype, torch.device("cpu"), tangents)
+    # Small, but with rows of as many tokens as a kernel takes at once of real images.
+    arguments = operator.inputs(replace(size, rows=8, columns=8), dtype, torch.device("cpu"), tangents)
     with compile_ahead(*archs) as made:
         outputs = [y for y in tensors(operator.run(*arguments)) if y.requires_grad]
         if outputs:

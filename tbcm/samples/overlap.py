@@ -29,6 +29,8 @@ class Overlapped:
 
     def __call__(self, step: int) -> Iterator[Batch]:
         if step != self._following:
+            if self._stream is not None:  # what was enqueued before (weights, the null prompt) is to be there first
+                self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             self._ahead = self._from(step)
             self._ready = self._produce()
         self._following = None  # until this step has been handed out whole

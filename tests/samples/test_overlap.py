@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tiny import tiny_config, tiny_parts
 
@@ -60,3 +64,46 @@ def test_a_run_with_overlap_is_the_same_run(tmp_path: Path) -> None:
         trainer.run()
         students.append([p.detach() for p in trainer.student.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*students, strict=True))
+
+
+class _Streams:
+    """In the place of CUDA's: who waits for whom, and on which stream a batch is made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.inside = "main"
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream("side", self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream(self.inside, self))
+        monkeypatch.setattr(torch.cuda, "stream", self._entered)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    @contextmanager
+    def _entered(self, stream: _Stream) -> Iterator[None]:
+        before, self.inside = self.inside, stream.name
+        yield
+        self.inside = before
+
+
+class _Stream:
+    def __init__(self, name: str, streams: _Streams) -> None:
+        self.name, self.device, self._streams = name, torch.device("cuda"), streams
+
+    def wait_stream(self, other: _Stream) -> None:
+        self._streams.events.append(f"{self.name} waits for {other.name}")
+
+
+def test_the_side_stream_waits_once_for_what_was_made_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and the null prompt's keys and values are made on another stream than the rollouts that read them."""
+    trainer = Trainer(config := tiny_config(tmp_path), CPU, tiny_parts(config))
+    streams, original = _Streams(monkeypatch), trainer.source._batch
+
+    def noted(*arguments: Any) -> Batch:
+        streams.events.append(f"made on {streams.inside}")
+        return original(*arguments)
+
+    trainer.source._batch = noted
+    ahead = Overlapped(trainer.source, torch.device("cuda"))
+    list(ahead(0))
+    list(ahead(1))
+    first, handed_out = ["side waits for main", "made on side"], ["main waits for side", "made on side"]
+    assert streams.events == first + handed_out * 2
