@@ -135,7 +135,7 @@ def main() -> None:
     measures, few = device.type == "cuda", ["published", "lean"]
     many = [*few, "selective", "fast" if measures else "no_recompute"]
     # An accounted step is eager: what a compiler or a graph does is not in it.
-    same = [] if measures else ["compiled", "cuda_graph", "overlap", *arms.KERNELS]
+    same = [] if measures else arms.ON_CUDA_ONLY - {"half_weights", "adamw"}
     names = options.arm_names(arguments, few if arguments.quick else many, same)
     quiet()
     counts, routes = ([1, 15], [16]) if arguments.quick else (SAMPLES, POINTS)

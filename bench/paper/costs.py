@@ -10,7 +10,8 @@ import memory
 import torch
 from rows import Row, table
 from speed import arms
-from speed.measure import Measured, flops_of, freed
+from speed.flops import count_into
+from speed.measure import Measured, freed
 from tqdm import tqdm
 
 from paper import recipes
@@ -52,7 +53,7 @@ def measure(budget: int, results: Results, device: torch.device) -> None:
             config = arms.config(SANA, "published", name, SANA_BATCH, 16, torch.device("cuda"))
             with freed(device):
                 gib = memory.accounted("published", config, torch.device("cpu"))["peak_gib"]
-                tflop = flops_of(config) / 1e12 / SANA_BATCH
+                tflop = count_into(config) / 1e12 / SANA_BATCH
             results.add_row([3], name, SANA, None, f"{name}_tflop", tflop, model=SANA, accounted=True)
             results.add_row([3], name, SANA, None, f"{name}_gib", gib, model=SANA, accounted=True)
 

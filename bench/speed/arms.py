@@ -21,13 +21,13 @@ MODELS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Arm:
     """A way to take a step: `what` it changes, as overrides section.key -> value, in the arm that it is `based_on`;
-    fused operators that it does `without`."""
+    fused operators that it does `without` (None: as that one)."""
 
     name: str
     what: str
     change: dict[str, Any]
     based_on: str | None = None
-    without: tuple[str, ...] = ()
+    without: tuple[str, ...] | None = None
 
 
 _PUBLISHED = {
@@ -46,8 +46,9 @@ ARMS = {
         Arm(
             "published",
             "our re-implementation of the published way: two passes by torch.func.jvp, text for every point, full"
-            " recompute, fp32 teacher under autocast, eager",
-            _PUBLISHED,
+            " recompute, fp32 teacher under autocast, eager, none of our kernels",
+            _PUBLISHED | {"optimizer.fused": False},
+            without=tuple(OPERATORS),
         ),
         Arm("one_pass", "value and tangent in one pass", {"student.tangent": "one_pass"}, "published"),
         Arm("dual", "hand-written tangents, no zero products", {"student.derivative": "dual"}, "one_pass"),
@@ -55,10 +56,12 @@ ARMS = {
         Arm("half_weights", "teacher's weights in bf16", {"teacher.half_weights": True}, "text_once"),
         Arm("selective", "linear layers not recomputed", {"student.checkpointing": "selective"}, "half_weights"),
         Arm("no_recompute", "nothing recomputed", {"student.checkpointing": "none"}, "half_weights"),
-        Arm("compiled", "blocks compiled", {"student.compile": True, "teacher.compile": True}, "no_recompute"),
+        Arm("kernels", "our fused operators", {}, "no_recompute", ()),
+        Arm("compiled", "blocks compiled", {"student.compile": True, "teacher.compile": True}, "kernels"),
         Arm("cuda_graph", "rollout as a CUDA graph", {"teacher.cuda_graph": True}, "compiled"),
         Arm("overlap", "next rollout beside the student", {"train.overlap_rollout": True}, "cuda_graph"),
-        Arm("fast", "all of the above: speed first", {}, "overlap"),
+        Arm("fused_update", "optimizer, clipping and EMA fused", {"optimizer.fused": "auto"}, "overlap"),
+        Arm("fast", "all of the above: speed first", {}, "fused_update"),
         Arm(
             "lean",
             "fast, memory first: values recomputed, micro-batches of 3 points, text from a cache",
@@ -81,9 +84,28 @@ KERNELS = {
 }
 """What the fused operators give, all and each."""
 
-ON_CUDA_ONLY = {"half_weights", "cuda_graph", "overlap", *KERNELS}
-"""Arms whose change does nothing on a CPU."""
-ARMS |= KERNELS
+UPDATES = {
+    arm.name: arm
+    for arm in (
+        Arm("came_plain", "CAME in PyTorch's operators", {"optimizer.fused": False}, "fast"),
+        Arm("adamw", "AdamW, fused", {"optimizer.name": "adamw"}, "fast"),
+        Arm("adamw_plain", "AdamW in PyTorch's operators", {"optimizer.fused": False}, "adamw"),
+        Arm("fp8", "the teacher's large layers in fp8", {"teacher.fp8": True}, "fast"),
+    )
+}
+"""What else is compared with `fast`."""
+
+ON_CUDA_ONLY = {"half_weights", "kernels", "cuda_graph", "overlap", "fused_update", "fp8", *UPDATES, *KERNELS}
+"""Arms whose change does nothing on a CPU, or cannot be there."""
+ARMS |= UPDATES | KERNELS
+
+
+def without(name: str) -> tuple[str, ...]:
+    """The fused operators that an arm does without."""
+    arm = ARMS[name]
+    if arm.without is not None:
+        return arm.without
+    return without(arm.based_on) if arm.based_on else ()
 
 
 def overrides(name: str, device: torch.device) -> dict[str, Any]:

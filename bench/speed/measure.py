@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 from tbcm_kernels import dispatch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speed import arms
 from tbcm.config import Config
 from tbcm.runtime.phases import PhaseTimer
 from tbcm.runtime.spread import spread
 from tbcm.setup.parts import Parts
-from tbcm.training.accounting import CostCounter
-from tbcm.training.dryrun import eager
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 
@@ -33,9 +30,10 @@ class Measured:
 
     def __init__(self, name: str, config: Config, device: torch.device) -> None:
         self.name, self.config, self.device = name, config, device
-        self.without = arms.ARMS[name].without
+        self.without = arms.without(name)
         self.trainer = Trainer(config, device, parts(config, device))
         self.seconds: list[float] = []
+        self.in_a_row: float | None = None
         self.phases: list[dict[str, float]] = []
 
     def step(self) -> None:
@@ -45,6 +43,15 @@ class Measured:
         self._take()
         self._synchronise()
         self.seconds.append(time.perf_counter() - started)
+
+    def steps_in_a_row(self, count: int) -> None:
+        """Mean time of steps between which nobody waits, as in training."""
+        self._synchronise()
+        started = time.perf_counter()
+        for _ in range(count):
+            self._take()
+        self._synchronise()
+        self.in_a_row = (time.perf_counter() - started) / count
 
     def step_by_phase(self) -> None:
         with PhaseTimer(self.device) as timer:
@@ -63,8 +70,8 @@ class Measured:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def row(self, flops: int) -> dict[str, Any]:
-        """The figures of the steps taken; `flops` of one."""
+    def row(self, flops: int | None) -> dict[str, Any]:
+        """The figures of the steps taken; `flops` of one (None: nobody has counted them)."""
         median, p20, p80 = spread(self.seconds)
         by_phase = {
             name: 1000 * statistics.median(step.get(name, 0.0) for step in self.phases)
@@ -80,9 +87,9 @@ class Measured:
             "median_ms": 1000 * median,
             "p20_ms": 1000 * p20,
             "p80_ms": 1000 * p80,
+            "in_a_row_ms": None if self.in_a_row is None else 1000 * self.in_a_row,
             "samples_per_s": self.trainer.method.samples_per_step / median,
-            "tflop": flops / 1e12,
-            "tflop_per_s": flops / 1e12 / median,
+            **({} if flops is None else {"tflop": flops / 1e12, "tflop_per_s": flops / 1e12 / median}),
             **{f"{name}_ms": value for name, value in by_phase.items()},
             **self._memory(),
         }
@@ -103,18 +110,6 @@ class Measured:
 def parts(config: Config, device: torch.device) -> Parts:
     torch.manual_seed(0)
     return random_parts(config, device)
-
-
-def flops_of(config: Config) -> int:
-    """Of one step, counted on its eager twin and on tensors without data: a compiled graph and a kernel do the same
-    products and hide them."""
-    twin, device = eager(config), torch.device("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        trainer = Trainer(twin, device, parts(twin, device))
-        trainer.train_step()  # what is made once a run
-        with CostCounter() as counter:
-            trainer.train_step()
-    return counter.flops
 
 
 @contextmanager

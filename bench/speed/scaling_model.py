@@ -190,7 +190,7 @@ class _FlopsByPhase(PhaseTimer):
 
 
 def work_of(config: Config) -> Work:
-    """Of a rank by itself that takes the configured step: counted as `measure.flops_of` does."""
+    """Of a rank by itself that takes the configured step: counted as `flops.count` does."""
     twin, device = eager(config), torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = Trainer(twin, device, parts(twin, device))

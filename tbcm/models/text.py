@@ -162,9 +162,44 @@ def _encode(tokenizer: Any, model: nn.Module, texts: list[str], length: int, cut
         texts, padding="max_length", padding_side="right", max_length=length, truncation=True, return_tensors="pt"
     )
     cut.note([text for text, full in zip(texts, tokens.attention_mask.all(1).tolist(), strict=True) if full], length)
-    tokens = tokens.to(next(model.parameters()).device)
-    states = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    return states.float(), tokens.attention_mask.bool()
+    device = next(model.parameters()).device
+    ids, mask = (_moved(tokens[name], device) for name in ("input_ids", "attention_mask"))
+    mask = mask.bool()
+    return hidden_states(model, ids, mask).float(), mask
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Onto a GPU without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def hidden_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The last hidden states [P, L, D] of tokens [P, L] int64; mask [P, L] bool, True = a token. Reads nothing back
+    from the device, where transformers would ask it whether all tokens count."""
+    options = {"use_cache": False} if model.config.model_type == "gemma2" else {}
+    states: Tensor = model(input_ids=ids, attention_mask=_attention_mask(model, mask), **options).last_hidden_state
+    return states
+
+
+def _attention_mask(model: Any, mask: Tensor) -> Any:
+    """What transformers makes of a mask [P, L] bool itself: [P, 1, 1 or L, L], for each kind of layer where a model has
+    several."""
+    keys = mask[:, None, None, :]
+    if model.config.model_type != "gemma2":
+        return _as_added(model, keys)
+    place = torch.arange(mask.shape[1], device=mask.device)
+    behind = place[:, None] - place[None, :]  # of a query's token, how far before it a key's is
+    full = keys & (behind >= 0)
+    sliding = full & (behind < model.config.sliding_window)
+    return {"full_attention": _as_added(model, full), "sliding_attention": _as_added(model, sliding)}
+
+
+def _as_added(model: Any, allowed: Tensor) -> Tensor:
+    """`allowed`, which PyTorch's attention takes, or as transformers' own adds it to the scores."""
+    if model.config._attn_implementation == "sdpa":
+        return allowed
+    dtype: torch.dtype = model.dtype
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 class _Cut:

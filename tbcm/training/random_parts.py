@@ -15,6 +15,7 @@ from tbcm.models.loading import freeze
 from tbcm.models.pipeline import FLOW_STEPS
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.sana.presets import AUTOENCODERS, GEMMA_2_2B, MINILM, SANA, compression
+from tbcm.models.text import hidden_states
 from tbcm.samples.noised import VaeLatents
 from tbcm.samples.rollouts import TextConditions
 from tbcm.setup.networks import build_student, files_of
@@ -118,7 +119,7 @@ class RandomEncoder:
         if self.model is None:
             return torch.zeros(*mask.shape, self.dim, device=self.device), mask
         ids = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
-        states = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        states = hidden_states(self.model, ids, torch.ones_like(ids, dtype=torch.bool))
         return states[:, : self.max_tokens].float(), mask
 
 

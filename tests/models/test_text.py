@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import socket
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import SanaPipeline
-from transformers import Gemma2Model, PreTrainedTokenizerFast
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from tbcm.errors import UserError
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.text import GemmaEncoder, MiniLMEncoder, encode_null, load_gemma, sana_instruction
+from tbcm.models.text import GemmaEncoder, MiniLMEncoder, encode_null, hidden_states, load_gemma, sana_instruction
 
 PROMPTS = ["A Red Panda ", "", "a photo of a cat sitting on a tree, " * 3]
 INSTRUCTION = ["Describe with care:", "User Prompt: "]
@@ -174,3 +177,41 @@ def test_prompts_that_are_cut_are_told_once(
     with caplog.at_level("WARNING", "tbcm"):
         encoder.encode(["d" * 40])
     assert "(10 so far)" in caplog.records[-1].getMessage() and len(caplog.records) == 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are asked of tensors: on a GPU each waits for all that was enqueued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().partition("::")[2] in ("_local_scalar_dense", "is_nonzero", "equal")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gemma", "minilm"])
+def test_nothing_is_read_back_and_states_are_those_of_the_plain_call(
+    name: str, attention: str, gemma: Gemma2Model, minilm: MiniLMEncoder
+) -> None:
+    model = deepcopy(gemma if name == "gemma" else minilm.model).float()
+    model.set_attn_implementation(attention)
+    ids, lengths = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0)), torch.tensor([12, 5, 1])
+    for mask in (torch.arange(12) < lengths[:, None], torch.ones(3, 12, dtype=torch.bool)):
+        with torch.no_grad(), Reads() as reads:
+            ours = hidden_states(model, ids, mask)
+        with torch.no_grad(), Reads() as plain_reads:
+            plain = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        assert reads.count == 0
+        assert plain_reads.count > 0 or attention == "eager"  # what there is to save
+        torch.testing.assert_close(ours[mask], plain[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_with_a_sliding_window_see_no_further(gemma: Gemma2Model) -> None:
+    model = Gemma2Model(Gemma2Config(**gemma.config.to_dict() | {"sliding_window": 4})).eval()
+    ids, mask = torch.randint(5, 30, (2, 12)), torch.ones(2, 12, dtype=torch.bool)
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(hidden_states(model, ids, mask), plain, rtol=1e-5, atol=1e-5)
