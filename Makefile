@@ -2,6 +2,8 @@
 # make test    the tests            make lint    ruff and mypy            make clean    remove what was made
 # make fuzz    feed every reader of data with 20,000 damaged files (half an hour); INPUTS=100000 SEED=7 for others
 # make soak    kill a run 30 times at random moments; it must end as if nobody had (a quarter of an hour)
+# make gpu     everything a GPU is to be asked, in nine minutes (docs/gpu-day.md); OUT=folder of the results
+# make gpu-rehearsal   the same plan on a CPU     make gpu-prepare   what a GPU machine may lack, into build/gpu
 # make native  the fused optimizer step for CUDA (optional; needs the CUDA toolkit; ARCH="80 90" are its GPUs)
 VENV ?= .venv
 PYTHON ?= python3
@@ -9,8 +11,9 @@ RUN = $(VENV)/bin/python
 ARCH ?= 80 90
 INPUTS ?= 20000
 SEED ?= 1
+OUT ?= runs/gpu
 
-.PHONY: demo test lint fuzz soak native clean
+.PHONY: demo test lint fuzz soak gpu gpu-rehearsal gpu-prepare native clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -36,6 +39,15 @@ fuzz: $(VENV)/installed
 
 soak: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) tests/distributed/soak.py --kills 30
+
+gpu:
+	$(PYTHON) bench/gpu.py --out $(OUT)
+
+gpu-rehearsal: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) bench/gpu.py --rehearse --out $(OUT)
+
+gpu-prepare: $(VENV)/installed
+	$(RUN) bench/gpu.py --prepare build/gpu
 
 native:
 	$(PYTHON) csrc/build.py --arch $(ARCH)

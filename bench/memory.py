@@ -128,9 +128,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
 @command
 def main() -> None:
-    arguments = options.parser(
-        "memory.py", __doc__, ["tbcm", "scm"], "published and lean only, few batches"
-    ).parse_args()
+    parser = options.parser("memory.py", __doc__, ["tbcm", "scm"], "published and lean only, few batches")
+    parser.add_argument("--rows-only", action="store_true", help="draw no picture (which needs matplotlib)")
+    arguments = parser.parse_args()
     device, model = options.machine(arguments)
     measures, few = device.type == "cuda", ["published", "lean"]
     many = [*few, "selective", "fast" if measures else "no_recompute"]
@@ -146,10 +146,11 @@ def main() -> None:
     batches = rows[: len(arguments.methods) * len(names) * len(counts)]
     if not any("peak_gib" in row for row in batches):
         raise UserError("nothing fitted into memory: choose a smaller --model")
-    picture = arguments.out / f"memory-{model}-{device.type}.png"
-    plot([row for row in batches if "peak_gib" in row], picture)
     print(table(rows, {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}))
-    print(f"picture: {picture}")
+    if not arguments.rows_only:
+        picture = arguments.out / f"memory-{model}-{device.type}.png"
+        plot([row for row in batches if "peak_gib" in row], picture)
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

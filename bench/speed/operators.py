@@ -35,6 +35,7 @@ from tbcm.runtime.distributed import pick_device
 from tbcm.setup.precision import dtype_of
 
 POINTS = 15
+WAYS = ["kernel", "eager", "compiled"]
 COLUMNS = {
     "operator": "operator",
     "variant": "variant",
@@ -92,8 +93,10 @@ def cases(names: list[str], models: list[str], pixels: list[int], samples: list[
             yield Case(operator, model, px, count, tangents=False, backward=True)
 
 
-def measure(case: Case, dtype: torch.dtype, device: torch.device, clock: Clock, rate: float) -> list[Row]:
-    """A row for each way to run the case."""
+def measure(
+    case: Case, dtype: torch.dtype, device: torch.device, clock: Clock, rate: float, wanted: list[str]
+) -> list[Row]:
+    """A row for each of the `wanted` ways to run the case."""
     torch.manual_seed(0)
     facts = case.row() | {"dtype": str(dtype).removeprefix("torch.")}
     count = case.operator.backward_cost if case.backward else case.operator.cost
@@ -106,6 +109,8 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, clock: Clock, 
         return [facts | {"note": "out of memory"}]
     rows = []
     for way, function in ways(case.operator, device).items():
+        if way not in wanted:
+            continue
         row = facts | {"way": way}
         with freed(device):
             try:
@@ -171,6 +176,7 @@ def main() -> None:
     parser.add_argument("--pixels", nargs="+", type=int, choices=[512, 1024], default=[512, 1024])
     parser.add_argument("--samples", nargs="+", type=int, default=[15, 60, 120], help="1 to 15, or a multiple of 15")
     parser.add_argument("--device", choices=["cuda", "cpu"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all that there are here")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="the 0.6B model at 1024 px, 15 samples, 20 repeats")
     parser.add_argument("--out", type=path_argument, default=RESULTS, help="folder of the rows")
@@ -192,7 +198,9 @@ def main() -> None:
     todo = list(cases(options.operators, options.models, options.pixels, options.samples))
     for case in tqdm(todo, desc=f"operators on {device.type}", unit="case", disable=None):
         with clock.on_a_stream(), freed(device):
-            rows += [append("kernels", row, options.out) for row in measure(case, dtype, device, clock, rate)]
+            rows += [
+                append("kernels", row, options.out) for row in measure(case, dtype, device, clock, rate, options.ways)
+            ]
     print(table(rows, {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}))
 
 

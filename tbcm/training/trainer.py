@@ -91,13 +91,10 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss = torch.zeros((), device=self.device)
-        for index, batch in enumerate(self.source(self.step)):
-            part = self._accumulate(index, batch, stop)
-            if part is None:
-                self._give_up()
-                return False
-            loss += part
+        loss = self.gradients(stop)
+        if loss is None:
+            self._give_up()
+            return False
         self.statistics.add_loss(loss)
         for samples, shares in self._figures:
             if samples:
@@ -108,6 +105,16 @@ class Trainer:
             self._update(loss)
         self.step += 1
         return True
+
+    def gradients(self, stop: Callable[[], bool] = lambda: False) -> Tensor | None:
+        """Adds this step's gradients to the student's weights. Returns the loss, or None if told to stop."""
+        loss = torch.zeros((), device=self.device)
+        for index, batch in enumerate(self.source(self.step)):
+            part = self._accumulate(index, batch, stop)
+            if part is None:
+                return None
+            loss += part
+        return loss
 
     def _give_up(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
