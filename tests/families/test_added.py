@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ NAME = "cogview3plus"
 
 
 @pytest.fixture(autouse=True)
-def added(monkeypatch: pytest.MonkeyPatch) -> None:
+def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rows, "FAMILIES", rows.FAMILIES.copy())
-    monkeypatch.setattr(tiny, "BUILDERS", tiny.BUILDERS.copy())
     assert "CogView3PlusPipeline" not in rows.FAMILIES and NAME not in tiny.BUILDERS
     exec(EXAMPLE, {"__name__": "example"})
+    yield
+    del tiny.BUILDERS[NAME]
 
 
 def test_it_is_short() -> None:
