@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers as d
 import transformers as hf
 from families.parts import Tiny, builder, flow_scheduler, kl, language_model, t5, words
 
 
-@builder
-def pixart() -> Tiny:
+def _pixart(pipeline: Any, tokens: int, sample_size: int) -> Tiny:
     net = d.PixArtTransformer2DModel(
-        sample_size=8,
+        sample_size=sample_size,
         num_layers=2,
         patch_size=2,
         attention_head_dim=8,
@@ -25,18 +26,29 @@ def pixart() -> Tiny:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        use_additional_conditions=False,
+        use_additional_conditions=sample_size == 128,
     )
     return Tiny(
-        d.PixArtSigmaPipeline(
+        pipeline(
             transformer=net,
             scheduler=d.DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
             vae=kl(),
             text_encoder=t5(),
-            tokenizer=words(300),
+            tokenizer=words(tokens),
         ),
         {"height": 16, "width": 16, "use_resolution_binning": False},
     )
+
+
+@builder
+def pixart() -> Tiny:
+    return _pixart(d.PixArtSigmaPipeline, tokens=300, sample_size=8)
+
+
+@builder
+def pixart_alpha() -> Tiny:
+    """Its network for 1,024 pixels, which is told the size and the aspect ratio: its pipeline knows it by the 128."""
+    return _pixart(d.PixArtAlphaPipeline, tokens=120, sample_size=128)
 
 
 @builder

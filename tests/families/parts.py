@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers as d
 import transformers as hf
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 WORDS = ["a", "red", "panda", "on", "the", "moon", "blue", "cat", "with", "hat", "in", "rain", "house", "dog"]
 PROMPTS = ["a red panda", "blue cat on the moon"]
@@ -91,6 +97,50 @@ def language_model(model: Any, config: Any) -> Any:
             eos_token_id=2,
         )
     )
+
+
+def chatglm_words() -> Any:
+    """ChatGLM's own tokenizer, which pads on the left, over a vocabulary that sentencepiece makes of these words."""
+    import sentencepiece  # not needed for the others
+
+    file = Path(_folder().name) / "tokenizer.model"
+    with file.open("wb") as opened:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS)]),
+            model_writer=opened,
+            model_type="word",
+            vocab_size=len(WORDS) + 3,
+            normalization_rule_name="identity",
+            minloglevel=2,
+        )
+    return ChatGLMTokenizer(str(file))
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """It lasts as long as the process: the tokenizer reads its file again where it is saved."""
+    return tempfile.TemporaryDirectory()
+
+
+def chatglm() -> Any:
+    config = ChatGLMConfig(
+        num_layers=3,
+        padded_vocab_size=64,
+        hidden_size=16,
+        ffn_hidden_size=16,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        original_rope=True,
+        add_qkv_bias=True,
+    )
+    model = ChatGLMModel(config, empty_init=False)
+    for module in model.modules():
+        if type(module).__name__ == "RMSNorm":  # its class allocates the weight and leaves it as it is
+            nn.init.ones_(module.weight)
+    return model
 
 
 def kl(channels: int = 4, halvings: int = 1, **options: Any) -> Any:

@@ -29,7 +29,7 @@ def encoded(name: str, folder: Path, sizes: object = SIZES) -> tuple[Config, Con
     return config, config.model_copy(update={"text": text})
 
 
-@pytest.mark.parametrize("name", ["sd3", "sdxl", "pixart"])
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "pixart_alpha", "kolors"])
 def test_training_from_the_cache_is_training_with_the_encoders(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SIZES: tuple[Size, ...] = ((16, 16), (16, 32), (32, 16))
+TOLD = "time_ids", "resolution", "aspect_ratio"
 
 
 def sized(name: str, folder: Path, steps: int = 6) -> Config:
@@ -44,14 +45,19 @@ def test_a_run_over_three_sizes_resumes_bit_for_bit(name: str, tmp_path: Path) -
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
 
 
-def test_what_the_network_is_told_of_the_size_is_the_steps(tmp_path: Path) -> None:
-    config = sized("sdxl", tmp_path)
+@pytest.mark.parametrize("name", ["sdxl", "kolors", "pixart_alpha"])
+def test_what_the_network_is_told_of_the_size_is_the_steps(name: str, tmp_path: Path) -> None:
+    config = sized(name, tmp_path)
     source = Trainer(config, CPU, build_parts(config, CPU)).source
     for step in range(6):
         height, width = draw_size(SIZES, 1, step)
         batch = next(iter(source(step)))
-        told = batch.condition.tensors["added_cond_kwargs.time_ids"]
-        assert told.tolist() == [[height, width, 0, 0, height, width]] * 2  # original size, crop, target size
+        found = batch.condition.tensors
+        told = {key: found[f"added_cond_kwargs.{key}"].tolist() for key in TOLD if f"added_cond_kwargs.{key}" in found}
+        if name == "pixart_alpha":
+            assert told == {"resolution": [[height, width]] * 2, "aspect_ratio": [[height / width]] * 2}
+        else:  # original size, crop, target size
+            assert told == {"time_ids": [[height, width, 0, 0, height, width]] * 2}
         assert batch.trajectory.x.shape[-2:] == (height // 2, width // 2)
 
 

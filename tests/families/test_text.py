@@ -11,9 +11,13 @@ import torch
 from families.tiny import BUILDERS, make
 from torch import nn
 
+from tbcm.errors import UserError
 from tbcm.method.types import Condition
+from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.families.rows import family_of
 from tbcm.models.families.text import RecordedConditions, encoders_of
+from tbcm.models.families.writing import copy_pipeline
+from tbcm.models.pipeline import Pipeline
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -39,6 +43,17 @@ def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Pa
         same(other, null[:1])
     held = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     assert not any(p.requires_grad for part in held for p in part.parameters() if not p.is_meta)
+
+
+def test_a_tokenizer_without_its_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("kolors").pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr("diffusers.pipelines.kolors.tokenizer.is_sentencepiece_available", lambda: False)
+    teacher = FamilyPipeline(Pipeline(str(tmp_path)))
+    with pytest.raises(UserError, match=r"text encoders cannot be loaded \(.*sentencepiece.*pip install"):
+        teacher.load_text(torch.float32, torch.device("cpu"))
+    scheduler, network = teacher.scheduler, teacher.load_network(torch.float32, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"cannot be loaded whole \(.*sentencepiece.*pip install"):
+        copy_pipeline(teacher, network, scheduler, tmp_path / "out", torch.float32)
 
 
 def same(one: Condition, other: Condition) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers as d
-from families.parts import BETAS, Tiny, builder, clip, kl, words
+from families.parts import BETAS, Tiny, builder, chatglm, chatglm_words, clip, kl, words
 
 _UNET = {
     "block_out_channels": (8, 16),
@@ -53,8 +53,9 @@ def sd21() -> Tiny:
     return _sd15("v_prediction")
 
 
-def _sdxl(scheduler: Any, **vae: Any) -> Tiny:
-    unet = d.UNet2DConditionModel(
+def _with_sizes(pooled: int, **options: Any) -> Any:
+    """SDXL's network, which is told sizes and a pooled text of so many channels."""
+    return d.UNet2DConditionModel(
         **_UNET,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -63,8 +64,12 @@ def _sdxl(scheduler: Any, **vae: Any) -> Tiny:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=6 * 8 + 8,
+        projection_class_embeddings_input_dim=6 * 8 + pooled,
+        **options,
     )
+
+
+def _sdxl(scheduler: Any, **vae: Any) -> Tiny:
     return Tiny(
         d.StableDiffusionXLPipeline(
             vae=kl(**vae),
@@ -72,7 +77,7 @@ def _sdxl(scheduler: Any, **vae: Any) -> Tiny:
             text_encoder_2=clip(True, 8),
             tokenizer=words(),
             tokenizer_2=words(),
-            unet=unet,
+            unet=_with_sizes(8),
             scheduler=scheduler,
             add_watermarker=False,
         )
@@ -81,13 +86,30 @@ def _sdxl(scheduler: Any, **vae: Any) -> Tiny:
 
 @builder
 def sdxl() -> Tiny:
-    return _sdxl(d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1))
+    return _sdxl(_leading())
 
 
 @builder
 def edm() -> Tiny:
     """SDXL's network under EDM's preconditioning (Playground v2.5)."""
     return _sdxl(d.EDMEulerScheduler(), latents_mean=[0.1] * 4, latents_std=[2.0] * 4, scaling_factor=0.5)
+
+
+@builder
+def kolors() -> Tiny:
+    """SDXL's network with a projection of ChatGLM's states."""
+    pipe = d.KolorsPipeline(
+        vae=kl(),
+        text_encoder=chatglm(),
+        tokenizer=chatglm_words(),
+        unet=_with_sizes(16, encoder_hid_dim=16, encoder_hid_dim_type="text_proj"),
+        scheduler=_leading(),
+    )
+    return Tiny(pipe)
+
+
+def _leading() -> Any:
+    return d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
 
 
 @builder

@@ -184,7 +184,7 @@ class FamilyPipeline:
         options = {"revision": self.revision} if self.revision else {}
         try:
             pipe = encoders_of(self.location, self.index, self.family, dtype, device, **options)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: its text encoders cannot be loaded ({first_line(error)})") from None
         return RecordedConditions(pipe, self.family)
 
@@ -212,7 +212,7 @@ class FamilyPipeline:
             raise UserError(f"{self.path}: its {part} is {entry!r} in model_index.json, no class of diffusers")
         try:
             return read(getattr(diffusers, entry[1]))
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: cannot load {part}/ ({first_line(error)})") from None
 
 

@@ -36,6 +36,6 @@ def copy_pipeline(
             **options,
             **parts,
         )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{teacher.path}: cannot be loaded whole ({first_line(error)})") from None
     pipe.save_pretrained(out)
