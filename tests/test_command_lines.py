@@ -14,15 +14,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import published
 import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
+from helpers import tiny_sana
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import metrics, write_config, write_teacher
 from warm_processes import started
 
-from tbcm import encode, encode_images, evaluate, export, sample, train
+from tbcm import convert, encode, encode_images, evaluate, export, sample, train
 from tbcm.config.paths import path_argument, source_argument, text_argument
 from tbcm.errors import UserError
 from tbcm.figures import __main__ as figures
@@ -99,6 +101,23 @@ def test_train_resume_sample_and_previews(call: Run, config: Path, tmp_path: Pat
     assert Image.open(tmp_path / "s" / "0001.png").size == (64, 64)
     assert call(sample.main, run, "a cat", "--teacher", "--steps", 3, "--out", tmp_path / "t")[0] == 0
     assert_one_line(call(sample.main, run, "a cat", "--steps", 0), "--steps 0")
+
+
+def test_a_published_file_becomes_a_teacher(call: Run, config: Path, teacher: Path, tmp_path: Path) -> None:
+    given = published.sana(tiny_sana(seed=1, caption_channels=384, timestep_scale=0.001))
+    torch.save({"state_dict": given}, tmp_path / "Sana.pth")
+    code, out, _ = call(convert.main, tmp_path / "Sana.pth", tmp_path / "made", "--like", teacher)
+    assert code == 0
+    assert out.splitlines() == [
+        "left out: y_embedder.y_embedding: diffusers' pipelines encode an empty prompt instead",
+        "left out: pos_embed: positions are computed",
+        f"wrote {tmp_path / 'made'}: transformer of {tmp_path / 'Sana.pth'}; scheduler, vae of {teacher}",
+    ]
+    few = "train.steps=1", "train.prompts_per_step=2", "log.preview_every=0"
+    assert call(train.main, config, f"teacher.path={tmp_path / 'made'}", *few)[0] == 0
+    assert_one_line(call(convert.main, tmp_path / "Sana.pth", tmp_path / "made", "--like", teacher), "made", "exists")
+    assert_one_line(call(convert.main, tmp_path / "Sana.pth", tmp_path / "more", "--like", teacher, "--ema"), "--ema")
+    assert_one_line(call(convert.main, tmp_path / "Sana.pth", tmp_path / "more", "--like", "icons"), "do not fit")
 
 
 def test_print_config_loads_nothing_and_is_a_configuration(call: Run, config: Path, tmp_path: Path) -> None:
@@ -403,6 +422,7 @@ def test_home_folders_in_every_path_of_a_run(
 
 COMMANDS = [
     train.main,
+    convert.main,
     encode.main,
     encode_images.main,
     sample.main,
@@ -447,6 +467,9 @@ def test_no_source_can_be_this(call: Run, tmp_path: Path, monkeypatch: pytest.Mo
     for main, *more in ((sample.main, "a cat"), (export.main, "out"), (evaluate.main,), (figures.main,)):
         given = ["equivalent-noise", text] if main is figures.main else [text, *more]
         assert_one_line(call(main, *given))
+    save_file({"a": torch.ones(1)}, "weights.safetensors")
+    assert_one_line(call(convert.main, text, "out", "--like", "icons"))
+    assert_one_line(call(convert.main, "weights.safetensors", "out", "--like", text))
     assert not Path("out").exists()
 
 
@@ -457,6 +480,7 @@ def test_no_output_can_be_this(call: Run, finished: Path, tmp_path: Path, text: 
         Path("loop").symlink_to("loop")
         Path("file").write_text("")
         assert_one_line(call(export.main, finished, text))
+        assert_one_line(call(convert.main, "file", text, "--like", "icons"))
         assert_one_line(call(sample.main, finished, "a cat", "--out", text))
         assert_one_line(call(sample.main, finished, "bad \udcff", "--out", "out"))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]

@@ -190,14 +190,14 @@ class Pipeline:
 
     def _load(self, part: str, cls: Any, dtype: torch.dtype) -> Any:
         where, folder = self._named(part), Path(self.location, part)
-        variant = choose_variant(self._names(part), self.variant, where, strict=part == "transformer")
+        variant = choose_variant(self.names(part), self.variant, where, strict=part == "transformer")
         if folder.is_dir():
             check_files(folder, variant)
         return load_weights(cls, self.location, part, dtype, where, revision=self.revision, variant=variant)
 
-    def _names(self, part: str) -> Collection[str]:
+    def names(self, part: str) -> Collection[str]:
         """Of the part's files; none where they cannot be listed."""
-        if self._is_local:
+        if self.is_local:
             folder = Path(self.location, part)
             return [path.name for path in folder.iterdir()] if folder.is_dir() else []
         from huggingface_hub import HfApi, snapshot_download
@@ -214,7 +214,7 @@ class Pipeline:
 
     def _read(self, name: str, missing: str, advice: str = "") -> dict[str, Any]:
         advice = f"; {advice}" if advice else ""
-        if self._is_local:
+        if self.is_local:
             file = Path(self.location, name)
             if not os.path.isfile(file):  # noqa: PTH113
                 raise UserError(f"{self.path}: {missing} (there is no file {name}){advice}")
@@ -228,11 +228,12 @@ class Pipeline:
         return read_json(file, self._named(name))
 
     @property
-    def _is_local(self) -> bool:
+    def is_local(self) -> bool:
+        """Whether it is a folder of this disk, not a hub's."""
         return os.path.isdir(self.location) or self.location.startswith((".", "/", "~"))  # noqa: PTH112
 
     def _named(self, name: str) -> str:
-        return str(Path(self.location, name)) if self._is_local else f"{self.path}: {name}"
+        return str(Path(self.location, name)) if self.is_local else f"{self.path}: {name}"
 
     def _has(self, part: str) -> bool:
         """Whether the index gives a class for it."""

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ _ENTRY = re.compile(
 )
 """A file that a library looks for: the weights, or the index of their shards, perhaps of a variant."""
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}")
+_NUMBER = re.compile(r"-\d{5}-of-\d{5}")
+_TEXTS = ".json", ".txt", ".model", ".jinja"
+"""Endings of what tells a library how to use weights, tokenizers' vocabularies among it."""
 _LFS = b"version https://git-lfs"
 
 
@@ -39,6 +44,16 @@ def variants(names: Collection[str]) -> dict[str | None, list[str]]:
         if match and not (variant and _SHARD.fullmatch(variant)):
             found.setdefault(variant, []).append(name)
     return found
+
+
+def needed(names: Collection[str], variant: str | None) -> dict[str, str]:
+    """Of a part's file names those that loading a variant needs, and what they are called as plain ones: of weights the
+    safetensors, where there are any."""
+    found = {name: _ENTRY.fullmatch(_NUMBER.sub("", name)) for name in sorted(names)}
+    weights = [n for n, match in found.items() if match and next(filter(None, match.groups()), None) == variant]
+    weights = [name for name in weights if ".safetensors" in name] or weights
+    others = [name for name, match in found.items() if not match and Path(name).suffix in _TEXTS and "/" not in name]
+    return {name: name.replace(f".{variant}", "", 1) if name in weights else name for name in (*weights, *others)}
 
 
 def choose_variant(names: Collection[str], asked: str | None, where: str, *, strict: bool) -> str | None:
@@ -86,20 +101,32 @@ def _shards(index: Path) -> list[str]:
 
 
 def _check_weights(file: Path, of: Path | None = None) -> None:
+    with readable(file, of):
+        if numbers := [name for name, floating in _tensors(file) if not floating and name.endswith(("weight", "bias"))]:
+            raise UserError(f"{file}: {numbers[0]} holds whole numbers: quantised weights are not supported")
+
+
+@contextmanager
+def readable(file: Path, of: Path | None = None) -> Iterator[None]:
+    """For reading a file of weights (which the index `of` names). Raises UserError, with its name, where that fails."""
     try:
         with file.open("rb") as opened:
             pointer = opened.read(len(_LFS)) == _LFS
         if pointer:
             raise UserError(f"{file}: a Git LFS pointer and not the weights: run git lfs pull there")
-        if numbers := [name for name, floating in _tensors(file) if not floating and name.endswith(("weight", "bias"))]:
-            raise UserError(f"{file}: {numbers[0]} holds whole numbers: quantised weights are not supported")
-    except OSError as error:
-        named = f" (which {of.name} names)" if of else ""
-        raise UserError(f"{file}: cannot be read{named}: {error.strerror or first_line(error)}") from None
-    except UserError:
+        yield
+    except (UserError, MemoryError):
         raise
-    except Exception as error:  # from safetensors or pickle: malformed in one of many ways
-        raise UserError(f"{file}: damaged ({first_line(error)}); download or copy it again") from None
+    except Exception as error:  # from the disk, or from safetensors or pickle: malformed in one of many ways
+        unpickling, reason = isinstance(error, UnpicklingError), first_line(error)
+        if unpickling and (named := re.search(r"GLOBAL (\S+)", str(error))):
+            advice = "a file that may run code is not read; take a .safetensors file"
+            raise UserError(f"{file}: holds {named[1]} beside tensors: {advice}") from None
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a place that a cut file has not got
+            index = f" (which {of.name} names)" if of else ""
+            raise UserError(f"{file}: cannot be read{index}: {error.strerror or reason}") from None
+        reason = "nothing that torch.save wrote" if unpickling else reason
+        raise UserError(f"{file}: damaged ({reason}); download or copy it again") from None
 
 
 def _tensors(file: Path) -> list[tuple[str, bool]]:
@@ -124,7 +151,7 @@ def load_weights(cls: Any, source: str, part: str, dtype: torch.dtype, where: st
         ),
         where,
     )
-    _check_fit(model, info, where)
+    check_fit(model, info, where)
     return model
 
 
@@ -139,9 +166,12 @@ def guarded(load: Callable[[], Any], where: str) -> Any:
         raise UserError(f"{where}: cannot be loaded ({first_line(error)})") from None
 
 
-def _check_fit(model: nn.Module, info: dict[str, Any], where: str) -> None:
-    """A buffer that the model computes (position embeddings) may be among the weights, and so may a language model's
-    head that nothing here uses."""
+def check_fit(
+    model: nn.Module, info: Mapping[str, Any], where: str, advice: str = "Take both from the same model"
+) -> None:
+    """Raises UserError where the names that from_pretrained calls missing, unexpected and mismatched are a fault. A
+    buffer that the model computes (position embeddings) may be among the weights, and so may a language model's head
+    that nothing here uses."""
     computed = {name for name, _ in model.named_buffers()}
     unexpected = [key for key in info["unexpected_keys"] if key not in computed and not key.startswith("lm_head.")]
     shapes = [f"{key} is {list(found)} and should be {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
@@ -149,9 +179,7 @@ def _check_fit(model: nn.Module, info: dict[str, Any], where: str) -> None:
     missing = [key for key in info["missing_keys"] if key not in mismatched]
     kinds = {"missing": missing, "not in the model": unexpected, "of another shape": shapes}
     if faults := [_named(kind, keys) for kind, keys in kinds.items() if keys]:
-        raise UserError(
-            f"{where}: the weights do not fit config.json: {'; '.join(faults)}. Take both from the same model"
-        )
+        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(faults)}. {advice}")
 
 
 def _named(kind: str, keys: Collection[str]) -> str:

@@ -1,0 +1,1 @@
+"""Single files, as weights are published, to parts of a diffusers pipeline."""
