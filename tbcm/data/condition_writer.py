@@ -9,17 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import tbcm
 from tbcm.config.resolution import Size, shown_size
 from tbcm.data import sharded
-from tbcm.data.captions import PromptSource
 from tbcm.data.conditions import CONDITIONS, GIVEN, WITHOUT, rows
 from tbcm.data.embedding_writer import CacheWriter
 from tbcm.data.embeddings import NULL, PROMPTS
-from tbcm.data.sharded import MANIFEST
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
-from tbcm.runtime.files import write_json
 
 Rows = list[dict[str, Tensor]]
 
@@ -57,24 +53,12 @@ class ConditionWriter(CacheWriter):
                 found[size] += rows(text(some, size)) if self._sized(text, sizes) else first
         self._write(name, _by_size(found), {})
 
-    def finish(self, source: PromptSource) -> dict[str, Any]:
-        """Writes the manifest and returns it. Rank 0 does, when all files are there."""
-        self.remove_others()
-        files: dict[str, dict[str, Any]] = {PROMPTS: {"prompts": len(self._distinct)}}
-        for name in self.names:
-            metadata, _ = CONDITIONS.read_all(self.folder / name)
-            files[name] = {"prompts": len(self.prompts(name)), "sha256": metadata["sha256"]}
-        manifest = {
-            "format": CONDITIONS.format,
-            "tbcm": tbcm.__version__,
-            "made_from": {"data.prompts": source.digest()},
-            "made_with": self.made_with,
-            "prompts": len(source),
-            "distinct_prompts": len(self._distinct),
-            "files": {name: {"bytes": (self.folder / name).stat().st_size, **file} for name, file in files.items()},
-        }
-        write_json(self.folder / MANIFEST, manifest)
-        return manifest
+    def _facts(self) -> dict[str, Any]:
+        return {}
+
+    def _facts_of(self, name: str) -> dict[str, Any]:
+        metadata, _ = CONDITIONS.read_all(self.folder / name)
+        return {"prompts": len(self.prompts(name)), "sha256": metadata["sha256"]}
 
     def _statics(self, text: Encoders, nulls: dict[Size, Condition | None]) -> dict[str, Tensor]:
         found = {}

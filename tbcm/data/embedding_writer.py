@@ -72,25 +72,32 @@ class CacheWriter:
     def finish(self, source: PromptSource) -> dict[str, Any]:
         """Writes the manifest and returns it. Rank 0 does, when all files are there."""
         self.remove_others()
-        shards = [Shard(self.folder / name) for name in self.names]
-        longest = self.made_with["text.max_tokens"]
-        files = {PROMPTS: {"prompts": len(self._distinct)}} | {
-            name: {"prompts": len(s.offsets) - 1, "tokens": len(s.states), "sha256": s.metadata["sha256"]}
-            for name, s in zip(self.names, shards, strict=True)
-        }
+        files = {PROMPTS: {"prompts": len(self._distinct)}} | {name: self._facts_of(name) for name in self.names}
         manifest = {
-            "format": STATES.format,
+            "format": self.kind.format,
             "tbcm": tbcm.__version__,
             "made_from": {"data.prompts": source.digest()},
             "made_with": self.made_with,
             "prompts": len(source),
             "distinct_prompts": len(self._distinct),
-            "prompts_that_fill_max_tokens": sum(int((s.offsets.diff() == longest).sum()) for s in shards[1:]),
-            "dim": shards[0].states.shape[1],
+            **self._facts(),
             "files": {name: {"bytes": (self.folder / name).stat().st_size, **file} for name, file in files.items()},
         }
         write_json(self.folder / MANIFEST, manifest)
         return manifest
+
+    def _facts(self) -> dict[str, Any]:
+        """What else the manifest says of the whole."""
+        longest, shards = self.made_with["text.max_tokens"], [Shard(self.folder / name) for name in self.names]
+        return {
+            "prompts_that_fill_max_tokens": sum(int((s.offsets.diff() == longest).sum()) for s in shards[1:]),
+            "dim": shards[0].states.shape[1],
+        }
+
+    def _facts_of(self, name: str) -> dict[str, Any]:
+        """What it says of a file."""
+        s = Shard(self.folder / name)
+        return {"prompts": len(s.offsets) - 1, "tokens": len(s.states), "sha256": s.metadata["sha256"]}
 
     def remove_others(self) -> None:
         """Shards of a longer list of prompts."""

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
+from tbcm.config.card import CARD
 from tbcm.errors import UserError, first_line
 from tbcm.models.conversion.file import read_tensors
 from tbcm.models.conversion.filling import fill
@@ -62,7 +63,9 @@ def convert(file: Path, out: Path, like: str, *, dtype: torch.dtype | None = Non
         models[part], why = _model(home, part, classes[part], held, dtype, f"{file}: its {part}")
         left_out |= why
     with atomic_folder(out) as folder:
-        shutil.copyfile(home / "model_index.json", folder / "model_index.json")
+        for name in ("model_index.json", CARD):
+            if (home / name).is_file():
+                shutil.copyfile(home / name, folder / name)
         for part, names in others.items():
             _copy(home / part, folder / part, names)
         for part, model in models.items():

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_json, write_teacher
 from transformers import Gemma2Model, PreTrainedTokenizerFast
 
+from tbcm.config.card import CARD
 from tbcm.errors import UserError
 from tbcm.models.conversion.folder import convert
 from tbcm.models.pipeline import Pipeline
@@ -207,3 +208,9 @@ def test_a_write_that_fails_leaves_nothing(
     with pytest.raises(UserError, match="the disk is full"):
         convert(file, tmp_path / "out", str(like))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "like"]
+
+
+def test_a_card_goes_along(like: Path, file: Path, tmp_path: Path) -> None:
+    (like / CARD).write_text("teacher: {null_mask: own}")
+    convert(file, tmp_path / "out", str(like))
+    assert (tmp_path / "out" / CARD).read_text() == "teacher: {null_mask: own}"
