@@ -38,6 +38,8 @@ PACKAGES = [
 TESTS = (
     "tests/runtime/test_graphs.py",
     "tests/runtime/test_fused_update.py",
+    "tests/runtime/test_fused_adamw.py",
+    "tests/runtime/test_fused_came.py",
     "tests/models/test_fp8.py",
     "tests/samples/test_overlap.py",
     "tests/kernels/test_training.py",

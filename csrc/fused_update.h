@@ -1,8 +1,7 @@
-// The arithmetic and the tables of the fused update (fused_update.cu): one pass of AdamW, EMA and low-precision copy.
+// What the fused updates of AdamW (adamw.h) and CAME (came.h) share: tables, the EMA, what Python asks of the library.
 //
-// Needs no CUDA header, so that the same functions compile for a GPU and for a CPU. Every rounding is written out (fmaf;
-// compile with contraction off), so that both give the same bits. All arithmetic is fp32; only the bias corrections, once
-// a tensor, are fp64: 1 - beta^t loses its digits in fp32.
+// The arithmetic needs no CUDA header, so that the same functions compile for a GPU and for a CPU. Every rounding is
+// written out (fmaf; compile with contraction off), and so is the order of every sum, so that both give the same bits.
 #pragma once
 
 #include <cmath>
@@ -10,66 +9,30 @@
 
 #ifdef __CUDACC__
 #define TBCM_INLINE __host__ __device__ __forceinline__
+#define TBCM_UNROLL _Pragma("unroll")
 #else
 #define TBCM_INLINE inline
+#define TBCM_UNROLL
 #endif
 
 namespace tbcm {
 
-constexpr int kVersion = 1;     // of what follows and of the functions at the end
-constexpr int kChunk = 1 << 14; // elements that one thread block updates; a multiple of 4
+constexpr int kVersion = 2;     // of all tables and of all functions that Python calls
+constexpr int kChunk = 1 << 14; // elements that one thread block updates
+constexpr int kVector = 4;      // elements a thread takes at once: 16 bytes of fp32
+constexpr int kLanes = 32;      // threads of a warp
+static_assert(kChunk % kVector == 0);
 
 enum Storage : int { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// A parameter and its state, all of `numel` elements in the same order; on the device, filled in once.
-struct Tensor {
-  float *param, *exp_avg, *exp_avg_sq;
-  float *step;   // scalar: updates done, as torch.optim.AdamW keeps it
-  float *shadow; // the EMA's
-  void *copy;    // the parameter in a narrower type, or null
-  int64_t numel;
-};
-
-// A piece of a tensor: elements [index * kChunk, (index + 1) * kChunk).
+// A piece of a tensor, the `index`-th.
 struct Chunk {
   int32_t tensor, index;
 };
 
-struct Hyper {
-  double lr, beta1, beta2, eps, weight_decay;
+template <typename T> struct alignas(kVector * sizeof(T)) Vector {
+  T x[kVector];
 };
-
-// What one update of one tensor needs beside the tensor; made on the device by `begin`.
-struct Step {
-  const void *grad; // null: the parameter had no gradient, so AdamW leaves it alone and the EMA alone goes on
-  float decay, beta1, beta2, eps, step_size, bias_correction2_sqrt;
-};
-
-// Counts the update and works out its coefficients. The bias corrections are those of the betas as rounded to fp32, with
-// which `adamw` averages: m / (1 - beta1^t) is then free of bias.
-TBCM_INLINE Step begin(const Tensor &tensor, const void *grad, const Hyper &h) {
-  Step s = {};
-  s.grad = grad;
-  if (!grad) return s;
-  *tensor.step += 1;
-  s.beta1 = static_cast<float>(h.beta1);
-  s.beta2 = static_cast<float>(h.beta2);
-  s.eps = static_cast<float>(h.eps);
-  s.decay = static_cast<float>(h.lr * h.weight_decay);
-  const double t = *tensor.step;
-  s.step_size = static_cast<float>(h.lr / (1 - pow(static_cast<double>(s.beta1), t)));
-  s.bias_correction2_sqrt = static_cast<float>(sqrt(1 - pow(static_cast<double>(s.beta2), t)));
-  return s;
-}
-
-// Loshchilov and Hutter 2019 (arXiv 1711.05101), Algorithm 2, in the order of torch.optim.AdamW(fused=True).
-TBCM_INLINE void adamw(float &param, float &exp_avg, float &exp_avg_sq, float grad, const Step &s) {
-  if (s.decay != 0) param = fmaf(-s.decay, param, param);
-  exp_avg = fmaf(s.beta1, exp_avg, fmaf(-s.beta1, grad, grad));
-  const float square = grad * grad;
-  exp_avg_sq = fmaf(s.beta2, exp_avg_sq, fmaf(-s.beta2, square, square));
-  param -= s.step_size * exp_avg / (sqrtf(exp_avg_sq) / s.bias_correction2_sqrt + s.eps);
-}
 
 // from + weight (to - from), exact at both ends, as torch.lerp.
 TBCM_INLINE float lerp(float from, float to, float weight) {
@@ -79,26 +42,13 @@ TBCM_INLINE float lerp(float from, float to, float weight) {
 
 } // namespace tbcm
 
-// What Python calls (tbcm/runtime/fused_update.py). Pointers are the device's where not said otherwise. An answer other
-// than 0 is an error, for tbcm_fused_error to explain.
+// What Python calls (tbcm/runtime/native.py). Here and in adamw.h and came.h pointers are the device's where not said
+// otherwise. An answer other than 0 is an error, for tbcm_fused_error to explain.
 extern "C" {
 int tbcm_fused_version();
 int tbcm_fused_chunk();
-int tbcm_fused_step_bytes();
 const char *tbcm_fused_error(int code);
 
 // 0 if this library has code for the current device.
 int tbcm_fused_check();
-
-// Begins the update of tensors[first : first + count], whose gradients are `grads` (host array of `count` device
-// pointers, read before it returns). Where *finite is false it does nothing.
-int tbcm_fused_begin(const tbcm::Tensor *tensors, tbcm::Step *steps, const void *const *grads, int first, int count,
-                     double lr, double beta1, double beta2, double eps, double weight_decay, const uint8_t *finite,
-                     void *stream);
-
-// Updates all chunks with gradients of the type `grad_type` times *clip, and writes copies of the type `copy_type`
-// (Storage; those of null pointers are left out). Where *finite is false it does nothing.
-int tbcm_fused_update(const tbcm::Tensor *tensors, const tbcm::Step *steps, const tbcm::Chunk *chunks, int n_chunks,
-                      int grad_type, int copy_type, const float *clip, const float *ema_weight, const uint8_t *finite,
-                      void *stream);
 }

@@ -21,9 +21,8 @@ from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.models.fp8 import fp8_available, relative_error, to_fp8
 from tbcm.runtime.ema import EMA
-from tbcm.runtime.fused_update import FusedUpdate
 from tbcm.runtime.optimizer import build_optimizer
-from tbcm.runtime.update import PlainUpdate
+from tbcm.runtime.update import PlainUpdate, fused_class
 from tbcm.samples.rollouts import Batch, SampleSource
 from tbcm.training.methods import adversary
 from tbcm.training.random_parts import random_parts
@@ -161,7 +160,7 @@ def _updated(device: torch.device, name: str, fused: bool) -> tuple[Tensor, Tens
     model = _layers(device)
     optimizer = build_optimizer(name, model.parameters(), lr=1e-3, weight_decay=0.01)
     ema = EMA(model, "power", sigma_rel=0.1)
-    made = (FusedUpdate if fused else PlainUpdate)(model, optimizer, ema, 1.0)
+    made = (fused_class(optimizer) if fused else PlainUpdate)(model, optimizer, ema, 1.0)
     noise = torch.Generator(device).manual_seed(2)
     for _ in range(5):
         for weight in model.parameters():

@@ -142,7 +142,7 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     fused: Switch = Field(
         "auto",
-        description="adamw (not came) and the EMA in one pass over weights; auto: on CUDA, where csrc/build.py ran",
+        description="clipping, optimizer and EMA in few passes over weights; auto: on CUDA, where csrc/build.py ran",
     )
     clip: PositiveFloat = Field(0.1, description="gradients are clipped to this norm")
     warmup_steps: NonNegativeInt = 0

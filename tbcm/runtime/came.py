@@ -83,7 +83,7 @@ class CAME(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for params in _stacks([param for param in group["params"] if param.grad is not None]):
+            for params in _stacks([param for param in group["params"] if param.grad is not None and param.numel()]):
                 self._update(params, group)
         return loss
 
@@ -98,13 +98,13 @@ class CAME(torch.optim.Optimizer):
             """The state's exponential moving average with `value` in it, stored and returned."""
             states = [self.state[param][key] for param in params]
             old = torch.stack(states)
-            target = torch.where(finite, value.view_as(old), old)  # a step towards itself keeps every bit
+            target = torch.where(finite, value.reshape(old.shape), old)  # a step towards itself keeps every bit
             torch._foreach_lerp_(states, list(target.unbind()), 1 - beta)
-            return torch.stack(states).view_as(value)
+            return torch.stack(states).reshape(value.shape)
 
         grad = torch.stack([param.grad for param in params if param.grad is not None])
-        matrices = _is_matrix(params[0])
-        grad = grad.view(*grad.shape[:3]) if matrices else grad.view(len(params), -1)
+        matrices = is_matrix(params[0])
+        grad = grad.reshape(*grad.shape[:3]) if matrices else grad.reshape(len(params), -1)
         if grad_scale is not None:
             grad = grad / grad_scale
         square = grad.square() + eps1
@@ -125,11 +125,11 @@ class CAME(torch.optim.Optimizer):
         # A multiplication by 1 and a subtraction of 0 keep every bit, so a skipped step needs no copy of the weights.
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - finite.to(grad.dtype) * (group["lr"] * group["weight_decay"]))
-        change = torch.where(finite, group["lr"] * momentum, 0.0).view(len(params), *params[0].shape)
+        change = torch.where(finite, group["lr"] * momentum, 0.0).reshape(len(params), *params[0].shape)
         torch._foreach_sub_(params, list(change.unbind()))
 
 
-def _is_matrix(param: Tensor) -> bool:
+def is_matrix(param: Tensor) -> bool:
     """[n, m], or the [n, m, 1, 1] of a 1 x 1 convolution."""
     return param.dim() == 2 or (param.dim() == 4 and param.shape[2:].numel() == 1)
 
@@ -137,7 +137,7 @@ def _is_matrix(param: Tensor) -> bool:
 def _zero_state(param: Tensor) -> dict[str, Tensor]:
     """Made at once, not on the first step, so that a checkpoint finds the tensors it restores."""
     state = {"momentum": torch.zeros_like(param)}
-    if not _is_matrix(param):
+    if not is_matrix(param):
         return state | {"square": torch.zeros_like(param)}
     rows, cols = param.shape[:2]
     for prefix in ("", "instability_"):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tbcm.errors import UserError
 from tbcm.runtime.ema import EMA
+from tbcm.runtime.fused_adamw import FusedAdamW
+from tbcm.runtime.fused_came import FusedCAME
 from tbcm.runtime.fused_update import FusedUpdate
 from tbcm.runtime.optimizer import clip_and_check, gated_step, parameters
 
@@ -74,10 +76,22 @@ def build_update(
     """
     if fused:
         try:
-            return FusedUpdate(model, optimizer, ema, max_norm, copies)
+            return fused_class(optimizer)(model, optimizer, ema, max_norm, copies)
         except UserError as error:
             if fused is True:
                 raise UserError(f"optimizer.fused=true: {error}; or set optimizer.fused=auto") from None
-            if isinstance(optimizer, torch.optim.AdamW) and all(param.is_cuda for param in parameters(optimizer)):
+            if all(param.is_cuda for param in parameters(optimizer)):
                 logger.info("the optimizer step is not fused: %s", error)
     return PlainUpdate(model, optimizer, ema, max_norm, copies)
+
+
+def fused_class(optimizer: torch.optim.Optimizer) -> type[FusedUpdate]:
+    """What fuses this optimiser's step.
+
+    Raises:
+        UserError: nothing does.
+    """
+    for fused in (FusedAdamW, FusedCAME):
+        if isinstance(optimizer, fused.optimizers):
+            return fused
+    raise UserError(f"no step of {type(optimizer).__name__} is fused: set optimizer.name to adamw or came")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tbcm.runtime.fused_update import load_library
+from tbcm.runtime.native import load_library
 
 ROOT = Path(__file__).parents[2]
 
