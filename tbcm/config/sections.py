@@ -36,6 +36,11 @@ class Teacher(Section):
     cuda_graph: Switch = Field(
         "auto", description="a rollout is captured and replayed as one CUDA graph; auto: on CUDA"
     )
+    flash: Switch = Field(
+        "auto",
+        description="attention of the frozen network by flash-attn; auto: on CUDA, where that package is installed (of"
+        " Sana there is none that it could take: attention is linear, or has a mask)",
+    )
     half_weights: bool = Field(
         True, description="bf16 computation with bf16 weights; false: with fp32 weights, cast at every call (autocast)"
     )

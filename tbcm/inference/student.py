@@ -17,7 +17,7 @@ from tbcm.models.sana.students import load_teacher
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.trained import TrainedWeights
-from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of
+from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of, with_flash_attention
 from tbcm.setup.precision import student_weights
 
 RUN_CONFIG = "config.yaml"
@@ -96,13 +96,14 @@ def load_student(
     weights, or the last ones); of a pipeline, its own."""
     dtype = dtype or student_weights(origin.config, device)
     if origin.is_run:
-        return student_of_run(origin, device, average=average).to(dtype)
+        return with_flash_attention(origin.config, student_of_run(origin, device, average=average).to(dtype))
     pipeline = origin.pipeline
     name, ours = pipeline.index.get("_class_name"), (Path(origin.path) / PIPELINE_CONFIG).is_file()
     if not ours and name != "SanaSprintPipeline":
         raise UserError(f"{origin.path}: a {name} is a teacher, not a few-step student; add --teacher")
     if isinstance(pipeline, FamilyPipeline):
-        return pipeline.load_teacher(dtype, device)  # its guidance is in its weights
+        student = pipeline.load_teacher(dtype, device)  # its guidance is in its weights
+        return with_flash_attention(origin.config, student)
     scale = 1.0 if name == "SanaSprintPipeline" else pipeline.timestep_scale
     return load_teacher(pipeline, dtype, device, timestep_scale=scale)
 

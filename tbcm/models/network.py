@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tbcm.models.differentiation.compiling import compiled as compile_whole
 from tbcm.models.differentiation.explicit import Differentiable, ExactTime
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
 from tbcm.models.families.family import Family
+from tbcm.models.flash import FlashAttention
 from tbcm.models.sana.network import Checkpointing, TangentMode
 
 
@@ -75,6 +76,7 @@ class DiffusersNetwork(nn.Module):
             self.logvar_head = nn.Linear(found[0].width, 1, device=device)
             nn.init.zeros_(self.logvar_head.weight)
             nn.init.zeros_(self.logvar_head.bias)
+        self._attention: Callable[[], AbstractContextManager[object]] = nullcontext
         self._added: list[Tensor] | None = None
         self._embedding: Tensor | None = None
         for index, embedder in enumerate(found):
@@ -94,6 +96,15 @@ class DiffusersNetwork(nn.Module):
     def width(self) -> int:
         """Of the time's embedding."""
         return time_embedders(self.backbone)[0].width
+
+    def use_flash_attention(self) -> None:
+        """For a frozen network. Raises ValueError where the package is missing."""
+        FlashAttention()
+        self._attention = FlashAttention
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self._attention is FlashAttention
 
     capturable = False  # a backbone may have its own ideas of what is static
 
@@ -174,7 +185,7 @@ class DiffusersNetwork(nn.Module):
         sample = self.family.layout.pack(formulation.input(u, t), self._latents(u))
         condition = self._typed(condition)
         sample = [row.to(self._dtype) for row in sample] if isinstance(sample, list) else sample.to(self._dtype)
-        with ExactTime():
+        with ExactTime(), self._attention():
             given = guidance if self.embeds_guidance else None
             answer = self.family.call(self.backbone, sample, formulation.time(t), condition, given)
         return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer

@@ -12,6 +12,7 @@ from tbcm.config import Config
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
+from tbcm.models.flash import installed
 from tbcm.models.fp8 import relative_error, to_fp8
 from tbcm.models.loading import AnyPipeline, general_student
 from tbcm.models.network import DiffusersNetwork
@@ -52,8 +53,26 @@ def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | Non
     if isinstance(pipeline, FamilyPipeline):
         if config.teacher.fp8:
             raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
-        return pipeline.load_teacher(dtype, device, compiled=compiled)
-    return load_teacher(pipeline, dtype, device, compiled=compiled, text_once=config.text.once)
+        return with_flash_attention(config, pipeline.load_teacher(dtype, device, compiled=compiled))
+    net = load_teacher(pipeline, dtype, device, compiled=compiled, text_once=config.text.once)
+    return with_flash_attention(config, net)
+
+
+def with_flash_attention(config: Config, net: AnyNetwork) -> AnyNetwork:
+    """A frozen network, its attention by flash-attn where `teacher.flash` says so. Raises UserError where it cannot
+    be."""
+    wanted = config.teacher.flash
+    if not isinstance(net, DiffusersNetwork):
+        if wanted is True:
+            raise UserError("teacher.flash=true: Sana has no attention that flash-attn could take; leave it out")
+        return net
+    on_gpu = next(net.parameters()).is_cuda
+    if wanted is True or (wanted == "auto" and on_gpu and installed() is not None):
+        try:
+            net.use_flash_attention()
+        except ValueError as error:
+            raise UserError(f"teacher.flash=true: {error}: pip install tbcm[flash], or leave it out") from None
+    return net
 
 
 def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:

@@ -18,6 +18,7 @@ from tbcm.config import Config
 from tbcm.config.section import Precision
 from tbcm.data.captions import digest
 from tbcm.errors import UserError
+from tbcm.method.types import TeacherNetwork
 from tbcm.models.network import DiffusersNetwork
 from tbcm.runtime import checkpoint, distributed
 from tbcm.runtime.checkpoint_files import name_of
@@ -166,7 +167,7 @@ class Trainer:
 
         Returns whether it was asked to stop (Ctrl-C, SIGTERM).
         """
-        logger.info("%s", describe(self.config, self.device, isinstance(self.student, DiffusersNetwork)))
+        logger.info("%s", describe(self.config, self.device, self.teacher))
         steps, log_every, save_every = self.config.train.steps, self.config.log.every, self.config.checkpoint.every
         preview_every = self.config.log.preview_every
         self._clock = time.monotonic(), self.step
@@ -299,9 +300,9 @@ class Trainer:
         logger.info("resumed after step %d", self.step)
 
 
-def describe(config: Config, device: torch.device, general: bool = False) -> str:
-    """What the switches come to on this machine, in a line. `general`: of a backbone without tangents of its own."""
-    student, teacher = config.student, config.teacher
+def describe(config: Config, device: torch.device, net: TeacherNetwork | None = None) -> str:
+    """What the switches come to on this machine, in a line; `net` is the teacher."""
+    student, teacher, general = config.student, config.teacher, isinstance(net, DiffusersNetwork)
     parts = [
         f"{device.type}: student in {_precision(student.precision, device)}",
         f"{student.tangent} {'jvp' if general else student.derivative} tangents",
@@ -310,6 +311,7 @@ def describe(config: Config, device: torch.device, general: bool = False) -> str
         f"teacher in {_precision(teacher.precision, device)}",
         "compiled" if switch(teacher.compile, device) else "eager",
     ]
+    parts += ["flash-attn"] * (isinstance(net, DiffusersNetwork) and net.uses_flash_attention)
     parts += ["fp8"] * teacher.fp8
     parts += [f"LoRA of rank {student.lora.rank} on its weights"] if student.lora else []
     parts += ["rollout as a CUDA graph"] * (device.type == "cuda" and switch(teacher.cuda_graph, device))

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from families.test_training import written
 from torch import Tensor
 from torch.nn import functional
 
+from tbcm.config import load_config
+from tbcm.errors import UserError
 from tbcm.models import flash
 from tbcm.models.flash import FlashAttention, installed, takes
+from tbcm.setup.networks import build_teacher, pipeline_of
+from tbcm.setup.text import build_text
+from tbcm.training.trainer import describe
+
+CPU = torch.device("cpu")
 
 CALLS: list[dict[str, Any]] = []
 
@@ -123,3 +132,31 @@ def test_without_the_package_there_is_none_and_a_broken_one_is_told(
     assert installed() is None
     assert "flash-attn is installed and does not load: cannot import name" in caplog.text
     installed.cache_clear()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_teacher_of_another_family_takes_it(tmp_path: Path) -> None:
+    written("sd3", tmp_path)
+    overrides = ["teacher.precision=bf16", "teacher.compile=false"]
+    nets = [
+        build_teacher(load_config(tmp_path / "c.yaml", [*overrides, f"teacher.flash={on}"]), CPU)
+        for on in ("false", "true")
+    ]
+    config = load_config(tmp_path / "c.yaml", overrides)
+    condition = build_text(config, CPU)(["a red panda"], (16, 16))
+    u = torch.randn(1, *pipeline_of(config).latent_shape((16, 16)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, ours = (net(u, torch.ones(1), condition).F for net in nets)
+    assert CALLS
+    torch.testing.assert_close(ours, plain, rtol=0.05, atol=0.05)
+    lines = [describe(config, CPU, net) for net in nets]
+    assert ["flash-attn" in line for line in lines] == [False, True]
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    written("sd3", tmp_path)
+    installed.cache_clear()
+    with pytest.raises(UserError, match=r"teacher\.flash=true: flash-attn is not installed.*pip install tbcm\[flash\]"):
+        build_teacher(load_config(tmp_path / "c.yaml", ["teacher.flash=true"]), CPU)
+    with pytest.raises(UserError, match=r"teacher\.flash=true: Sana has no attention"):
+        build_teacher(load_config("configs/icons.yaml", ["teacher.flash=true"]), CPU)
