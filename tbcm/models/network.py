@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tbcm.method.formulation import Formulation
 from tbcm.method.rollout import Velocity
 from tbcm.method.trigflow import per_sample
 from tbcm.method.types import Condition, Prediction
-from tbcm.models.differentiation.compiling import compiled as compile_whole
+from tbcm.models.differentiation.compiling import compiled_if_possible
 from tbcm.models.differentiation.explicit import Differentiable, ExactTime
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
 from tbcm.models.families.family import Family
@@ -80,12 +81,12 @@ class DiffusersNetwork(nn.Module):
         self._added: list[Tensor] | None = None
         self._embedding: Tensor | None = None
         for index, embedder in enumerate(found):
-            embedder.module.register_forward_hook(self._hook(index))
+            self._follow(embedder.module, index)
         if checkpointing == "full":
             backbone.enable_gradient_checkpointing()
         self._run: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = self._compute
         if compiled:
-            self._run = compile_whole(self._compute, fold=True)
+            self._run = compiled_if_possible(self._compute, fold=True)
 
     @property
     def t_max(self) -> float:
@@ -185,7 +186,7 @@ class DiffusersNetwork(nn.Module):
         sample = self.family.layout.pack(formulation.input(u, t), self._latents(u))
         condition = self._typed(condition)
         sample = [row.to(self._dtype) for row in sample] if isinstance(sample, list) else sample.to(self._dtype)
-        with ExactTime(), self._attention():
+        with self._attention(), ExactTime():
             given = guidance if self.embeds_guidance else None
             answer = self.family.call(self.backbone, sample, formulation.time(t), condition, given)
         return torch.stack(list(answer)) if isinstance(answer, (list, tuple)) else answer
@@ -282,8 +283,15 @@ class DiffusersNetwork(nn.Module):
             pooled = embedding.flatten(1, -2).mean(1) if embedding.dim() > 2 else embedding
             return self.logvar_head(pooled.to(self.logvar_head.weight.dtype)).squeeze(-1)
 
-    def _hook(self, index: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+    def _follow(self, module: nn.Module, index: int) -> None:
+        """Adds the guidance's embedding to what an embedder of time gives, and notes the first one's.
+
+        Not by a forward hook: what `nn.Module` keeps of a hooked call would be an output of a compiled graph, which a
+        value inside torch.func.jvp cannot be. (Of a copied module the class's own forward is called, not its model's.)
+        """
+
+        def forward(this: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = type(this).forward(this, *args, **kwargs)
             if self._added is not None:
                 g = self._added[index].to(out.dtype)
                 out = out + g.reshape(g.shape[0], *(1,) * (out.dim() - 2), -1)
@@ -291,7 +299,7 @@ class DiffusersNetwork(nn.Module):
                 self._embedding = out
             return out
 
-        return hook
+        module.forward = MethodType(forward, module)
 
 
 _STATES = torch.float32, torch.float16, torch.bfloat16

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from tbcm.config.resolution import MOST_SIZES
+from tbcm.errors import first_line
 from tbcm.models.differentiation.fold import fold_options
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -28,3 +33,21 @@ def compiled(fn: F, *, fold: bool) -> F:
     config.accumulated_recompile_limit = max(most, config.accumulated_recompile_limit)
     options = fold_options() if fold else None
     return cast("F", torch.compile(fn, fullgraph=True, dynamic=False, options=options))
+
+
+def compiled_if_possible(fn: F, *, fold: bool) -> F:
+    """As `compiled`; where torch.compile cannot trace `fn` (what it does may depend on its tensors' values) it runs as
+    it is, with a warning."""
+    made: F | None = compiled(fn, fold=fold)
+
+    def run(*args: Any, **kwargs: Any) -> object:
+        nonlocal made
+        if made is not None:
+            try:
+                return made(*args, **kwargs)
+            except TorchDynamoException as error:
+                made = None
+                logger.warning("this network cannot be compiled and runs eagerly: %s", first_line(error))
+        return fn(*args, **kwargs)
+
+    return cast("F", run)

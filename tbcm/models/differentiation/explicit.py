@@ -6,7 +6,7 @@ network's attention processors, and none of its code is changed.
     attention      fused kernels have no forward-mode derivative: the dual operator of `tbcm_kernels` instead
     group norm     torch's takes views of tangents whose strides a convolution chooses: fails for channels-last input
     layer norm     torch's cannot be compiled under a jvp
-    unflatten      torch.compile cannot trace its Python body under a mode
+    unflatten      torch.compile cannot trace its Python body under any mode
     casts of time  FLUX, Chroma, Qwen-Image and Flux2 round the time to half precision before they embed it, which tells
                    apart 4 of 64 times between 0.90 and 0.91: a consistency model's derivative in t is lost
 """
@@ -27,12 +27,14 @@ _HALF = torch.float16, torch.bfloat16
 
 
 class ExactTime(TorchFunctionMode):
-    """A one-dimensional fp32 tensor is a time, and stays fp32 until it has been embedded."""
+    """A one-dimensional fp32 tensor is a time, and stays fp32 until it has been embedded. To be the innermost mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.to, Tensor.type_as) and _is_time(args[0]) and _to_half(args, kwargs):
             return args[0]
+        if func is Tensor.unflatten:
+            return _unflatten(*args, **kwargs)
         if func is functional.linear and args[0].dtype == torch.float32 and args[1].dtype in _HALF:
             args = (args[0].to(args[1].dtype), *args[1:])  # a layer that took its dtype from the time's
         return func(*args, **kwargs)
@@ -137,5 +139,4 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     functional.scaled_dot_product_attention: attention,
     functional.group_norm: group_norm,
     functional.layer_norm: layer_norm,
-    Tensor.unflatten: _unflatten,
 }
