@@ -134,7 +134,9 @@ def train(data: Path, out: Path, budget: Budget, device: str) -> None:
     average = WeightAverage(vae, make_autoencoder().to(device, memory_format=torch.channels_last), EMA_DECAY)
     generator = torch.Generator().manual_seed(0)
     checkpoint = out.with_name(f"{out.name}.ckpt")
-    training = Training(average, Rate(PEAK_LR), weight_decay=1e-4, generator=generator, checkpoint=checkpoint)
+    training = Training(
+        average, Rate(PEAK_LR * budget.rate), weight_decay=1e-4, generator=generator, checkpoint=checkpoint
+    )
 
     def loss() -> Tensor:
         chosen = masks[torch.randint(len(masks), (BATCH,), generator=generator)]

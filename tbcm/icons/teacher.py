@@ -216,7 +216,11 @@ def train(work: Path, out: Path, budget: Budget, device: str, resume_from: Path 
     average = WeightAverage(model, make_transformer().to(device, memory_format=torch.channels_last), EMA_DECAY)
     generator = torch.Generator().manual_seed(samples_before(resume_from))
     training = Training(
-        average, Rate(PEAK_LR, WARMUP), weight_decay=0.01, generator=generator, checkpoint=work / "teacher.ckpt"
+        average,
+        Rate(PEAK_LR * budget.rate, WARMUP),
+        weight_decay=0.01,
+        generator=generator,
+        checkpoint=work / "teacher.ckpt",
     )
     write_data_assets(everything, out)
 

@@ -23,7 +23,8 @@ EXPORT_MINUTES = 10.0
 @dataclass(frozen=True)
 class Budget:
     """How long to train: up to `steps` in all calls together, or for `minutes` of this call; with neither, until one
-    stops it. Then for `cooldown` further steps, in which the learning rate falls to zero.
+    stops it. Then for `cooldown` further steps, in which the learning rate falls to zero. `rate` times the recipe's
+    learning rate.
 
     Raises:
         UserError: a number is not above 0 (for `cooldown`: is below 0).
@@ -32,10 +33,14 @@ class Budget:
     steps: int | None = None
     minutes: float | None = None
     cooldown: int = 0
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if any(limit is not None and limit <= 0 for limit in (self.steps, self.minutes)) or self.cooldown < 0:
-            raise UserError("--steps and --minutes must be above 0, --cooldown-steps at least 0")
+        if (
+            any(limit is not None and limit <= 0 for limit in (self.steps, self.minutes, self.rate))
+            or self.cooldown < 0
+        ):
+            raise UserError("--steps, --minutes and --rate must be above 0, --cooldown-steps at least 0")
 
     def spent(self, step: int, minutes: float) -> bool:
         """Whether the part before the cooldown is over."""
@@ -47,18 +52,19 @@ class Budget:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """--steps, --minutes, --cooldown-steps and --device; `budget_of` reads the first three."""
+    """--steps, --minutes, --cooldown-steps, --rate and --device; `budget_of` reads all but the last."""
     parser.add_argument("--steps", type=int, help="train up to this many steps, those of earlier calls included")
     parser.add_argument("--minutes", type=float, help="train for this long (default: until you stop it)")
     parser.add_argument(
         "--cooldown-steps", type=int, default=0, help="then let the learning rate fall to zero over so many steps"
     )
+    parser.add_argument("--rate", type=float, default=1.0, help="times the recipe's learning rate (default: 1)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="default: cuda where there is one, else cpu")
 
 
 def budget_of(arguments: argparse.Namespace) -> Budget:
-    return Budget(arguments.steps, arguments.minutes, arguments.cooldown_steps)
+    return Budget(arguments.steps, arguments.minutes, arguments.cooldown_steps, arguments.rate)
 
 
 @dataclass(frozen=True)
