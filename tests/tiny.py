@@ -47,16 +47,17 @@ def tiny_config(out: Path, **sections: Any) -> Config:
         "teacher": {"path": "unused", "null_mask": "own"},
         "text": {"encoder": "minilm", "max_tokens": 8},
         "data": {"prompts": "unused"},
-        "method": {
-            "guidance": [2.0, 3.0],
-            "r": {"warmup_steps": 4, "final": 1.0, "cooldown_start": None},
-        },
+        "method": {"guidance": [2.0, 3.0]},
         "optimizer": {"name": "adamw", "lr": 1e-3, "clip": 1.0},
         "train": {"steps": 6, "prompts_per_step": 4},
         "log": {"every": 2, "preview_every": 0},
         "checkpoint": {"every": 100},
     }
-    if sections.get("method", {}).get("name", "tbcm") == "tbcm":
+    method = sections.get("method", {})
+    name = method.get("name", "tbcm")
+    if name in ("tbcm", "scm", "sprint"):
+        tree["method"]["r"] = {"warmup_steps": 4, "final": 1.0, "cooldown_start": None}
+    if name == "tbcm" or (name == "lcm" and method.get("samples") != "images"):
         tree["method"]["route"] = {"points": 4, "per_prompt": True}
     else:
         tree["data"]["images"] = "unused"

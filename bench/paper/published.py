@@ -50,8 +50,8 @@ def _by_points(title: str, arms: str, *notes: str) -> Table:
     return Table(5, title, tuple(lines), order("20", "16", "12", "8"), (), notes)
 
 
-def _by_method(title: str, arms: str, *notes: str) -> Table:
-    """Table 2, of the arms "METHOD" + `arms`."""
+def _by_method(title: str, arms: str, rivals: tuple[Line, ...], *notes: str) -> Table:
+    """Table 2, of the arms "METHOD" + `arms`, and `rivals`, which are in no order."""
     paper = "teacher, 20 steps", "TBCM, 1 step", "Sana-Sprint, 1 step", "sCM, 1 step"
     lines = (
         Line("teacher, 20 steps", "teacher", 20, 5.81, 28.36),
@@ -66,6 +66,7 @@ def _by_method(title: str, arms: str, *notes: str) -> Table:
             for name, method in (("sCM", "scm"), ("Sana-Sprint", "sprint"), ("TBCM", "tbcm"))
             for steps in (2, 4)
         ),
+        *rivals,
     )
     return Table(2, title, lines, order(*paper), order(*paper), (*_OF_METHODS, *notes))
 
@@ -78,11 +79,19 @@ _OF_METHODS = (
     "As in the paper an image counts once for Sana-Sprint, whose discriminator judges it on a second forward pass.",
 )
 
+_RIVALS = (
+    Line("LCM, 1 step", "lcm", 1, 50.51, 24.45),
+    Line("LCM, 2 steps", "lcm", 2),
+    Line("LCM, 4 steps", "lcm", 4),
+)
+_OF_RIVALS = "The paper's values of LCM are those of SDXL as its teacher, so that they are in no order with the others."
+
 _ALL = (
-    _by_method("methods", "", _SAME_SAMPLES),
+    _by_method("methods", "", _RIVALS, _SAME_SAMPLES, _OF_RIVALS),
     _by_method(
         "methods, each as tuned on icons",
         "_tuned",
+        (),
         "The recipes of configs/icons.yaml, icons_scm.yaml and icons_sprint.yaml, in as many steps as the budget of"
         " samples takes: 112 samples a step of TBCM, 120 of the others. As in all its runs here TBCM's r warms up over"
         " half of the steps and its learning rate over a fifth; over the last fifth the latter cools down.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tbcm.config import Config, load_config
+from tbcm.config.methods import Tbcm
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _IN_STEPS = (
@@ -34,6 +35,13 @@ _PUBLISHED = {
     ),
     "icons_scm.yaml": (*_SANA, "method.times.mean=0.2"),
     "icons_sprint.yaml": (*_SANA, "method.times.mean=0.2"),
+    "icons_lcm.yaml": (
+        "student.guidance_embeds_scale=null",
+        "method.route.shift=2.5",
+        "method.route.points=15",  # all of which train
+        "train.prompts_per_step=8",
+        "optimizer.cooldown_steps=0",
+    ),
 }
 """What all arms but the tuned ones take in the place of what configs/ has for icons, unless they change it: as
 published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
@@ -87,6 +95,7 @@ ARMS = {
         Arm("tbcm", "TBCM with the route and guidance embedding published for Sana, r = 1"),
         Arm("scm", "sCM on the real images", "icons_scm.yaml"),
         Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "icons_sprint.yaml"),
+        Arm("lcm", "LCM on the teacher's trajectories", "icons_lcm.yaml"),
         Arm("tbcm_tuned", "TBCM as configs/icons.yaml has it", tuned=True),
         Arm("scm_tuned", "sCM as configs/icons_scm.yaml has it", "icons_scm.yaml", tuned=True),
         Arm("sprint_tuned", "Sana-Sprint as configs/icons_sprint.yaml has it", "icons_sprint.yaml", tuned=True),
@@ -130,7 +139,8 @@ def config_of(arm: Arm, seed: int, budget: int, out: Path | str = "unused") -> C
     schedule: dict[str, Any] = {
         key: _scaled(changed, key, steps / changed.train.steps)
         for key in _IN_STEPS
-        if _setting(changed, key) and not (key == "method.r.cooldown_steps" and changed.method.r.cooldown_start is None)
+        if _setting(changed, key)
+        and not (key == "method.r.cooldown_steps" and _setting(changed, "method.r.cooldown_start") is None)
     }
     given = {each.partition("=")[0] for each in arm.change}
     shares = [*(each for each in _WARM_UPS.get(arm.config, ()) if each[0] not in given), *arm.shares]
@@ -160,9 +170,9 @@ def base_of(arm: Arm) -> Config:
 
 
 def samples_per_prompt(config: Config) -> int:
-    """Of the points of a route all but the first train (it has weight 0 at t = pi/2); a baseline trains an image at one
+    """Of a route's points all train, in TBCM all but the first (its weight at t = pi/2 is 0); an image trains at one
     time."""
-    return 1 if config.method.from_images else config.method.points - 1
+    return config.method.points - isinstance(config.method, Tbcm)
 
 
 def samples(config: Config) -> int:
@@ -194,9 +204,10 @@ def _pins(arm: Arm) -> tuple[str, ...]:
 
 
 def _setting(config: Config, key: str) -> Any:
+    """None where the method has no such setting."""
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     return value
 
 

@@ -206,8 +206,8 @@ def methods(setting: Setting) -> Iterator[Row]:
         there = _trainer(small, exact, method)
         there.student.load_state_dict(here.student.state_dict())
         there.teacher.load_state_dict(here.teacher.state_dict())
-        if (heads := there.method.trained) is not None:
-            heads.load_state_dict(cast(nn.Module, here.method.trained).state_dict())
+        for name, each in there.method.beside.items():
+            each.net.load_state_dict(here.method.beside[name].net.state_dict())
         batches = list(here.source(0))
         for trainer in (here, there):
             trainer.source = cast(SampleSource, _Given(here.source, [moved(b, trainer.device) for b in batches]))

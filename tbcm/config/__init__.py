@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from tbcm.config.card import with_card
-from tbcm.config.methods import Method, Tbcm
+from tbcm.config.methods import Discrete, Method, Tbcm
 from tbcm.config.paths import UserFolder
 from tbcm.config.resolution import Size, sizes_of
 from tbcm.config.section import Section
@@ -61,7 +61,7 @@ class Config(Section):
     def _fits_together(self) -> Self:
         if self.method.from_images and (self.data.images is None) == (self.data.latents is None):
             raise ValueError(
-                f"method.name={self.method.name} needs data.images ('icons', a folder of images with a metadata.jsonl,"
+                f"{_of_images(self.method)} needs data.images ('icons', a folder of images with a metadata.jsonl,"
                 " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
             )
         if self.method.name == "sprint" and self.teacher.fp8:
@@ -70,9 +70,14 @@ class Config(Section):
             )
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
             raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
+        if self.parallel.mode == "fsdp" and isinstance(self.method, Discrete) and self.method.target_decay:
+            raise ValueError(
+                f"parallel.mode=fsdp needs method.target_decay=0 (now {self.method.target_decay:g}): a target network"
+                " of its own is not sharded"
+            )
         if self.method.from_images and self.text.cache is not None:
             raise ValueError(
-                f"method.name={self.method.name} encodes the images' captions: it cannot take them from text.cache"
+                f"{_of_images(self.method)} encodes the images' captions: it cannot take them from text.cache"
             )
         if self.method.from_images and self.data.latents is not None and len(self.resolution) > 1:
             raise ValueError(
@@ -83,6 +88,11 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _of_images(method: Any) -> str:
+    """The settings by which a method learns from images."""
+    return f"method.name={method.name}" + (" with method.samples=images" if hasattr(method, "samples") else "")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

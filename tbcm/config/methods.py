@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from tbcm.config.section import NonNegativeInt, Section
 
@@ -50,16 +50,35 @@ class Times(Section):
     std: PositiveFloat = 1.6
 
 
-class _Consistency(Section):
-    """What all methods share: the continuous-time consistency loss."""
+class Solver(Section):
+    """The teacher's ODE solver, a step of which leads from a sample to where a discrete method asks its target."""
 
-    from_images: ClassVar[bool] = False
-    """Whether it learns from images, or else from prompts alone."""
+    skip: PositiveInt = Field(20, description="timesteps that a step of the solver takes at once (k of LCM's paper)")
+    timesteps: PositiveInt = 1000
+    shift: PositiveFloat = Field(3.0, description="of the timesteps, as in the teacher's flow schedule")
+
+    @model_validator(mode="after")
+    def _skips_some(self) -> Self:
+        if self.skip > self.timesteps:
+            raise ValueError(f"method.solver.skip = {self.skip}: at most method.solver.timesteps = {self.timesteps}")
+        return self
+
+
+class _Method(Section):
+    """What all methods share."""
 
     sigma_data: PositiveFloat = 0.5
     guidance: Annotated[list[float], Field(min_length=1)] = Field([4.0, 4.5, 5.0], description="drawn from per prompt")
-    r: R = R()
-    tangent_c: PositiveFloat = 0.1
+
+    @property
+    def from_images(self) -> bool:
+        """Whether it learns from images, or else from prompts alone."""
+        return False
+
+    @property
+    def continuous(self) -> bool:
+        """Whether its loss asks the student for its derivative, and for the log-variance by which it is weighted."""
+        return False
 
     @property
     def default_guidance(self) -> float:
@@ -71,6 +90,17 @@ class _Consistency(Section):
     def points(self) -> int:
         """Points of a trajectory, of which one is rolled out for each prompt (TBCM) or made of each image."""
         return 1
+
+
+class _Consistency(_Method):
+    """What TBCM, sCM and Sana-Sprint share: the continuous-time consistency loss."""
+
+    r: R = R()
+    tangent_c: PositiveFloat = 0.1
+
+    @property
+    def continuous(self) -> bool:
+        return True
 
 
 class Tbcm(_Consistency):
@@ -90,20 +120,57 @@ class Tbcm(_Consistency):
 class Scm(_Consistency):
     """Samples are images, noised to one time each."""
 
-    from_images: ClassVar[bool] = True
-
     name: Literal["scm"]
     times: Times = Times()
+
+    @property
+    def from_images(self) -> bool:
+        return True
 
 
 class Sprint(_Consistency):
     """sCM and an adversarial loss."""
 
-    from_images: ClassVar[bool] = True
-
     name: Literal["sprint"]
     times: Times = Times()
     adversary: Adversary = Adversary()
+
+    @property
+    def from_images(self) -> bool:
+        return True
+
+
+class Discrete(_Method):
+    """Discrete consistency distillation: samples of either kind, the teacher's solver, a distance and a target."""
+
+    samples: Literal["trajectories", "images"] = Field(
+        "trajectories", description="points of the teacher's own trajectories (`route`), or noised images (`times`)"
+    )
+    route: Route = Route()
+    brightness_threshold: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of the brightness filter of trajectories; 0 turns it off"
+    )
+    times: Times = Times()
+    solver: Solver = Solver()
+    distance: Literal["huber", "l2"] = "huber"
+    huber_c: PositiveFloat = Field(0.001, description="where the Huber distance turns from a square to a length")
+    target_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.95, description="of the target network, an average of the student's weights; 0: the student itself"
+    )
+
+    @property
+    def from_images(self) -> bool:
+        return self.samples == "images"
+
+    @property
+    def points(self) -> int:
+        return 1 if self.from_images else self.route.points
+
+
+class Lcm(Discrete):
+    """Latent consistency distillation."""
+
+    name: Literal["lcm"]
 
 
 def _name(method: Any) -> Any:
@@ -112,10 +179,20 @@ def _name(method: Any) -> Any:
 
 
 Method = Annotated[
-    Annotated[Tbcm, Tag("tbcm")] | Annotated[Scm, Tag("scm")] | Annotated[Sprint, Tag("sprint")], Discriminator(_name)
+    Annotated[Tbcm, Tag("tbcm")]
+    | Annotated[Scm, Tag("scm")]
+    | Annotated[Sprint, Tag("sprint")]
+    | Annotated[Lcm, Tag("lcm")],
+    Discriminator(_name),
 ]
+Rolled = Tbcm | Lcm
+"""Of which trajectories are rolled out."""
+Noised = Scm | Sprint | Lcm
+"""Of which images are noised."""
 
 
-def trajectories_of(method: Tbcm | Scm | Sprint) -> Tbcm:
+def trajectories_of(method: Tbcm | Scm | Sprint | Lcm) -> Rolled:
     """How trajectories are rolled out for a run of this method: as TBCM does it by default, if its own makes none."""
-    return method if isinstance(method, Tbcm) else Tbcm(sigma_data=method.sigma_data, guidance=method.guidance)
+    if isinstance(method, Rolled):
+        return method
+    return Tbcm(sigma_data=method.sigma_data, guidance=method.guidance)

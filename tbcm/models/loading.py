@@ -32,6 +32,7 @@ def general_student(
     teacher: DiffusersNetwork,
     *,
     guided: bool = True,
+    logvar: bool = True,
     lora: Lora | None = None,
     tangent: TangentMode,
     checkpointing: Checkpointing,
@@ -41,8 +42,8 @@ def general_student(
     """A trainable fp32 student of any family that starts equal to the conditional teacher, on the teacher's device.
 
     Where the teacher embeds no guidance it gets an embedding of it that is zero at first, unless it is not `guided`:
-    that of one scale needs none. With `lora` its weights are the teacher's, and adapters on them are trained (see
-    `tbcm.models.lora`).
+    that of one scale needs none. `logvar`: with the head of the adaptive weighting. With `lora` its weights are the
+    teacher's, and adapters on them are trained (see `tbcm.models.lora`).
 
     Raises:
         UserError: checkpointing that this network cannot do.
@@ -62,7 +63,7 @@ def general_student(
             teacher.channels,
             guided=guided,
             guidance_embeds_scale=guidance_embeds_scale or 1.0,
-            logvar=True,
+            logvar=logvar,
             tangent=tangent,
             checkpointing=checkpointing,
             compiled=compiled,

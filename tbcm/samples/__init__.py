@@ -1,1 +1,1 @@
-"""Training samples: the teacher's trajectories, or noised images for the baselines."""
+"""Training samples: the teacher's trajectories, or noised images."""

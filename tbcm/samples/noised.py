@@ -1,5 +1,5 @@
-"""Where the baselines' training samples come from (sCM, Sana-Sprint): latents of images, noised, with the teacher's
-velocity there."""
+"""Where the baselines' training samples come from if not from trajectories: latents of images, noised, with the
+teacher's velocity there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm.config.methods import Scm, Sprint
+from tbcm.config.methods import Noised
 from tbcm.config.resolution import Size
 from tbcm.data.bad import GoodImages
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
@@ -61,7 +61,7 @@ class NoisedLatents:
         latents: CaptionedLatents,
         *,
         shapes: Mapping[Size, Sequence[int]],
-        method: Scm | Sprint,
+        method: Noised,
         t_max: float,
         seed: int,
         prompts_per_step: int,

@@ -10,13 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tbcm.config.methods import Route, Tbcm
+from tbcm.config.methods import Rolled, Route
 from tbcm.config.resolution import MOST_SIZES, Size
 from tbcm.data.captions import batch_epochs, batch_indices, drawn
 from tbcm.method.brightness import keep_mask
 from tbcm.method.rollout import Velocity, embedded, rollout
 from tbcm.method.route import logit_normal_route, random_route, reference_route
-from tbcm.method.tbcm import first_training_point
 from tbcm.method.types import Condition, TeacherNetwork, Trajectory
 from tbcm.models.text import TextEncoder, encode_null
 from tbcm.runtime.distributed import local_slices
@@ -194,7 +193,8 @@ class SampleSource(Protocol):
 
 
 class TeacherRollouts:
-    """TBCM's source: the teacher's trajectories, of at most `prompts_per_rollout` prompts at once."""
+    """The teacher's trajectories, of at most `prompts_per_rollout` prompts at once; of each the first `first_point`
+    points are not trained on."""
 
     def __init__(
         self,
@@ -203,8 +203,9 @@ class TeacherRollouts:
         prompts: Sequence[str],
         black: Mapping[Size, Tensor],
         *,
-        method: Tbcm,
+        method: Rolled,
         t_max: float,
+        first_point: int,
         seed: int,
         prompts_per_step: int,
         prompts_per_rollout: int | None = None,
@@ -217,8 +218,7 @@ class TeacherRollouts:
         self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false", limit=GRAPHS) if cuda_graph else None
         self.slices = local_slices(prompts_per_step, prompts_per_rollout)
         self.batches = len(self.slices)
-        self.first_point = first_training_point(t_max)
-        self.samples_per_prompt = method.route.points - self.first_point
+        self.first_point, self.samples_per_prompt = first_point, method.route.points - first_point
 
     def __call__(self, step: int) -> Iterator[Batch]:
         size = len(self.prompts), self.prompts_per_step, step

@@ -85,6 +85,7 @@ def build_student(config: Config, teacher: AnyNetwork) -> AnyNetwork:
         "checkpointing": student.checkpointing,
         "compiled": switch(student.compile, device),
         "guidance_embeds_scale": student.guidance_embeds_scale,
+        "logvar": config.method.continuous,
     }
     with seeded(device, config.train.seed, "student"):
         if isinstance(teacher, DiffusersNetwork):

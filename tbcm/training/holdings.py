@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
+from tbcm.training.methods.method import Beside
 from tbcm.training.trainer import Trainer
 
 SHARDED = "student", "gradients", "optimizer", "average"
@@ -14,25 +16,35 @@ SHARDED = "student", "gradients", "optimizer", "average"
 
 def holdings(trainer: Trainer) -> dict[str, int]:
     """Bytes of the frozen networks (teacher, text encoder, VAE), of the student but for what it shares with the
-    teacher, and of what belongs to its trained weights; of a discriminator with its gradient and its optimiser's two
-    moments."""
-    state = trainer.optimizer.state_dict()["state"].values()
+    teacher, and of what belongs to its trained weights; of what a method holds beside, each with its gradients and its
+    optimiser's state."""
     shared = {id(tensor) for tensor in tensors(trainer.teacher)}
     return {
         "teacher": _bytes(tensors(trainer.teacher)),
         "text encoder": _bytes(tensor for part in trainer.text.modules for tensor in tensors(part)),
         "VAE": _bytes(tensors(trainer.parts.vae)),
-        "student": _bytes(tensor for tensor in tensors(trainer.student) if id(tensor) not in shared),
+        "student": _own(trainer.student, shared),
         "gradients": _bytes(trainer.parameters),
-        "optimizer": _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor)),
-        "discriminator": _of_discriminator(trainer.method.trained) if trainer.method.trained else 0,
+        "optimizer": _of_optimizer(trainer.optimizer),
         "average": _bytes(trainer.ema.shadow.values()),
+        **{name: _of_beside(each, shared) for name, each in trainer.method.beside.items()},
     }
 
 
-def _of_discriminator(heads: nn.Module) -> int:
-    """Its weights and buffers, and of each weight the gradient and AdamW's two moments."""
-    return _bytes(tensors(heads)) + 3 * _bytes(heads.parameters())
+def _of_beside(each: Beside, shared: Container[int]) -> int:
+    """Its weights and buffers and, if it is trained, its gradients and its optimiser's state."""
+    trains = 0 if each.optimizer is None else _bytes(trained(each.net)) + _of_optimizer(each.optimizer)
+    return _own(each.net, shared) + trains
+
+
+def _own(net: nn.Module, shared: Container[int]) -> int:
+    """Of a network without the tensors `shared`, by id."""
+    return _bytes(tensor for tensor in tensors(net) if id(tensor) not in shared)
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer) -> int:
+    state = optimizer.state_dict()["state"].values()
+    return _bytes(value for of_one in state for value in of_one.values() if isinstance(value, Tensor))
 
 
 def on_a_rank(whole: Mapping[str, int], shard: int, *, accumulates: bool) -> dict[str, int]:

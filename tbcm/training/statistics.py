@@ -13,6 +13,7 @@ from tbcm.runtime import distributed
 BINS = 8
 """Of t, equal parts of [0, pi/2]."""
 _AVERAGED = ("error", "g_norm", "logvar")
+"""Of samples. There is room for all, whether or not a method reports them, so that one can go on from another."""
 _BY_T = ("error", "logvar")
 
 
@@ -22,13 +23,14 @@ class StepStatistics:
     The sums lie in one tensor, so that a collective exchanges them all: `_named` gives its parts their names.
     """
 
-    def __init__(self, device: torch.device, extra: Sequence[str] = ()) -> None:
-        """`extra`: figures of whole steps that a method adds by `add_shares`."""
-        self.device, self.extra = device, tuple(extra)
-        of_samples = {"samples": 1, "kept": 1, **dict.fromkeys(_AVERAGED, 1)}
+    def __init__(self, device: torch.device, of_samples: Sequence[str], extra: Sequence[str]) -> None:
+        """Of a method: `of_samples` are the figures that it adds by `add`, `extra` those of whole steps that it adds by
+        `add_shares`."""
+        self.device, self.averaged, self.extra = device, tuple(of_samples), tuple(extra)
+        alone = {"samples": 1, "kept": 1, **dict.fromkeys(_AVERAGED, 1)}
         by_t = {"kept_by_t": BINS, **{f"{name}_by_t": BINS for name in _BY_T}}
-        self._sizes = {"steps": 1, "loss": 1, **of_samples, **by_t, **dict.fromkeys(self.extra, 1)}
-        self._of_samples = slice(2, 2 + sum(of_samples.values()) + sum(by_t.values()))
+        self._sizes = {"steps": 1, "loss": 1, **alone, **by_t, **dict.fromkeys(self.extra, 1)}
+        self._of_samples = slice(2, 2 + sum(alone.values()) + sum(by_t.values()))
         self.reset()
 
     def _named(self, sums: Tensor) -> dict[str, Tensor]:
@@ -40,11 +42,11 @@ class StepStatistics:
         self._sums = torch.zeros(sum(self._sizes.values()), device=self.device)
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Per-sample figures [B] as `tbcm_loss` returns them. Dropped samples count for `kept` only."""
-        keep = figures["keep"]
+        """Per-sample figures [B]: `t`, `keep` (dropped samples count for `kept` only) and those of the method."""
+        keep, nothing = figures["keep"], figures["t"].new_zeros(())
         bins = (figures["t"] * (BINS / (math.pi / 2))).long().clamp(0, BINS - 1)
         one_hot = ((bins[:, None] == torch.arange(BINS, device=bins.device)) & keep[:, None]).float()
-        values = {name: torch.where(keep, figures[name], 0.0) for name in _AVERAGED}
+        values = {name: torch.where(keep, figures.get(name, nothing), 0.0) for name in _AVERAGED}
         one = keep.new_ones(keep.shape, dtype=torch.float32)
         head = torch.stack([one.sum(), keep.sum(), *(value.sum() for value in values.values())])
         self._sums[self._of_samples] += torch.cat([head, one_hot.sum(0), *(values[name] @ one_hot for name in _BY_T)])
@@ -76,12 +78,12 @@ class StepStatistics:
         self._sums = sums[: len(self._sums)]  # without what another method added
 
     def summary(self) -> dict[str, Tensor]:
-        """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not:
-        ||F - sg(F) - g||^2 / D. A bin of t without samples is NaN."""
+        """Means over all ranks' samples, as scalars on the device. `loss` is weighted as optimised, `error` is not (of
+        a consistency loss ||F - sg(F) - g||^2 / D). A bin of t without samples is NaN."""
         sums = self._named(distributed.all_reduce_sum(self._sums))
         out = {"loss": sums["loss"] / sums["steps"], "kept": sums["kept"] / sums["samples"]}
-        out |= {name: sums[name] / sums["kept"] for name in _AVERAGED}
-        for name in _BY_T:
+        out |= {name: sums[name] / sums["kept"] for name in self.averaged}
+        for name in (name for name in _BY_T if name in self.averaged):
             means = sums[f"{name}_by_t"] / sums["kept_by_t"]
             out |= {f"{name}_by_t/{i}": mean for i, mean in enumerate(means)}
         return out | {name: sums[name] / sums["steps"] for name in self.extra}

@@ -39,7 +39,7 @@ from tbcm.samples.rollouts import Batch
 from tbcm.setup.parts import Parts
 from tbcm.setup.precision import autocast, dtype_of, switch
 from tbcm.training.methods import build_method
-from tbcm.training.methods.consistency import Figures
+from tbcm.training.methods.method import Figures
 from tbcm.training.preview import Previewer
 from tbcm.training.statistics import StepStatistics
 
@@ -67,7 +67,7 @@ class Trainer:
         self.update = build_update(self.student, self.optimizer, self.ema, o.clip, fused=o.fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
-        self.statistics = StepStatistics(device, self.method.figures)
+        self.statistics = StepStatistics(device, self.method.sample_figures, self.method.figures)
         self._figures: list[tuple[Figures, Figures]] = []  # of the step so far: of samples, and shares of the step's
         self.grad_norm = torch.zeros((), device=device)
         c = config.checkpoint
@@ -231,7 +231,7 @@ class Trainer:
             self.step,
             {
                 **figures,
-                "r": self.method.r(self.step - 1),
+                **self.method.scheduled(self.step - 1),
                 "lr": self.learning_rate(self.step - 1),
                 "samples_per_s": self.method.samples_per_step / seconds_per_step,
                 "seconds_per_step": seconds_per_step,
@@ -304,8 +304,8 @@ def describe(config: Config, device: torch.device, net: TeacherNetwork | None = 
     """What the switches come to on this machine, in a line; `net` is the teacher."""
     student, teacher, general = config.student, config.teacher, isinstance(net, DiffusersNetwork)
     parts = [
-        f"{device.type}: student in {_precision(student.precision, device)}",
-        f"{student.tangent} {'jvp' if general else student.derivative} tangents",
+        f"{device.type}: {config.method.name}, student in {_precision(student.precision, device)}",
+        *[f"{student.tangent} {'jvp' if general else student.derivative} tangents"] * config.method.continuous,
         f"checkpointing {student.checkpointing}",
         "compiled" if switch(student.compile, device) else "eager",
         f"teacher in {_precision(teacher.precision, device)}",

@@ -68,7 +68,7 @@ def assert_same_run(one: Path, other: Path, atol: float = 2e-6) -> None:
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=atol, msg=name)
     for a, b in zip(metrics(one), metrics(other), strict=True):
-        for key in ("loss", "error", "grad_norm", "kept", "g_norm"):
+        for key in a.keys() & {"loss", "error", "grad_norm", "kept", "g_norm"}:
             torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-6)
 
 
@@ -108,6 +108,19 @@ def test_nor_with_an_adversary(tmp_path: Path) -> None:
         for a, b in zip(metrics(tmp_path / "single"), metrics(tmp_path / name), strict=True):
             for key in FIGURES:
                 torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
+
+
+LCM: Sections = {"method": {"name": "lcm", "target_decay": 0.5}}
+LCM_OF_ITSELF: Sections = {"method": {"name": "lcm", "target_decay": 0}}
+
+
+def test_nor_with_a_target_network(tmp_path: Path) -> None:
+    """Which is an average of its own on each rank; or it is the student, called twice before its backward pass."""
+    train({tmp_path / "single": LCM, tmp_path / "itself": LCM_OF_ITSELF})
+    ways = {"ddp": LCM | ACCUMULATED, "ddp-itself": LCM_OF_ITSELF, "fsdp-itself": LCM_OF_ITSELF | FSDP | ACCUMULATED}
+    on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
+    for name in ways:
+        assert_same_run(tmp_path / ("itself" if name.endswith("itself") else "single"), tmp_path / name)
 
 
 LORA: Sections = {"student": {"lora": {"rank": 2}}}

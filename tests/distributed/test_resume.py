@@ -39,8 +39,13 @@ def stop_after(trainer: Trainer, step: int) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [{"optimizer": {"name": "adamw"}}, {"optimizer": {"name": "came"}}, {"method": {"name": "sprint"}}],
-    ids=["adamw", "came", "sprint"],
+    [
+        {"optimizer": {"name": "adamw"}},
+        {"optimizer": {"name": "came"}},
+        {"method": {"name": "sprint"}},
+        {"method": {"name": "lcm", "target_decay": 0.5}},
+    ],
+    ids=["adamw", "came", "sprint", "lcm"],
 )
 def test_resumed_after_any_step_it_is_the_same_run(tmp_path: Path, kind: Sections) -> None:
     # Rows are means of two steps: those of a run stopped between two must have been kept.

@@ -153,10 +153,31 @@ def test_sprint(name: str, tmp_path: Path) -> None:
     """Its discriminator sees the frozen teacher's tokens of the image, of each block's own output."""
     config = of_images(name, tmp_path, {"name": "sprint", "adversary": {"lr": 1e-3}})
     trainer = Trainer(config, CPU, build_parts(config, CPU))
-    heads = {key: value.clone() for key, value in trainer.method.trained.state_dict().items()}
+    heads = trainer.method.beside["discriminator"].net
+    before = {key: value.clone() for key, value in heads.state_dict().items()}
     assert_moves(trainer)
-    assert any(not torch.equal(value, heads[key]) for key, value in trainer.method.trained.state_dict().items())
+    assert any(not torch.equal(value, before[key]) for key, value in heads.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl", "edm"])
+def test_lcm(name: str, tmp_path: Path) -> None:
+    """On trajectories; its target network is one of its own, hooks and all."""
+    config = written(name, tmp_path)
+    tree = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    tree["method"] = {"name": "lcm", "guidance": [2.0, 4.0], "route": {"points": 3}, "target_decay": 0.5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "c.yaml")
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    trainer.run()
+    ours = open_sampler(str(tmp_path / "run"), device="cpu")
+    assert ours.latents(["a red panda"], steps=2).isfinite().all()
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    assert_moves(trainer)
+    mine, target = weights(trainer), trainer.method.beside["target"].net.state_dict()
+    assert any(not torch.equal(value, target[key]) for key, value in mine.items())
+    assert all(value.isfinite().all() for value in (*mine.values(), *target.values()))
 
 
 def assert_moves(trainer: Trainer) -> None:

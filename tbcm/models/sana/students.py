@@ -52,7 +52,7 @@ def student_from_teacher(
         raise ValueError(f"teacher and student differ: missing {new}, unexpected {unexpected}")
     if missing:
         _silence(backbone.time_embed.guidance_embedder)
-    return SanaTrigFlow(backbone.train(), timestep_scale=teacher.timestep_scale, logvar=True, **options)
+    return SanaTrigFlow(backbone.train(), timestep_scale=teacher.timestep_scale, **{"logvar": True} | options)
 
 
 def lora_student_from_teacher(
@@ -67,7 +67,7 @@ def lora_student_from_teacher(
     if not teacher.embeds_guidance:
         backbone.time_embed = _with_guidance(backbone.time_embed, teacher.width)
     backbone.register_to_config(**config)
-    student = SanaTrigFlow(backbone, timestep_scale=teacher.timestep_scale, logvar=True, **options)
+    student = SanaTrigFlow(backbone, timestep_scale=teacher.timestep_scale, **{"logvar": True} | options)
     return student.train()
 
 

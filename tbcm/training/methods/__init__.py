@@ -9,14 +9,15 @@ import torch
 
 from tbcm.config import Config
 from tbcm.setup.parts import Parts
-from tbcm.training.methods.consistency import Consistency
+from tbcm.training.methods.lcm import Lcm
+from tbcm.training.methods.method import Method
 from tbcm.training.methods.scm import Scm
 from tbcm.training.methods.sprint import Sprint
 from tbcm.training.methods.tbcm import Tbcm
 
-METHODS: dict[str, type[Consistency]] = {"tbcm": Tbcm, "scm": Scm, "sprint": Sprint}
+METHODS: dict[str, type[Method]] = {"tbcm": Tbcm, "scm": Scm, "sprint": Sprint, "lcm": Lcm}
 
 
-def build_method(config: Config, device: torch.device, parts: Parts) -> Consistency:
+def build_method(config: Config, device: torch.device, parts: Parts) -> Method:
     """The configured method."""
     return METHODS[config.method.name](config, device, parts)

@@ -1,76 +1,29 @@
-"""What all methods share: the consistency loss on the points of a batch, a micro-batch of them at a time."""
+"""What TBCM, sCM and Sana-Sprint share: the continuous-time consistency loss."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
-
 import torch
-from torch import Tensor, nn
 
 from tbcm.config import Config
+from tbcm.config.methods import Scm, Sprint, Tbcm
 from tbcm.method.consistency import RSchedule
 from tbcm.method.tbcm import tbcm_loss
 from tbcm.method.types import Network, Trajectory
-from tbcm.samples.overlap import Overlapped
-from tbcm.samples.rollouts import Batch, GuidedTeacher, SampleSource
+from tbcm.samples.rollouts import Batch
 from tbcm.setup.parts import Parts
-from tbcm.setup.precision import teacher_autocast
-
-Figures = Mapping[str, Tensor]
+from tbcm.training.methods.method import Loss, Method
 
 
-@dataclass(frozen=True)
-class Loss:
-    """This rank's share of a step's loss, a scalar with its graph, and figures for the log: of single samples
-    (`StepStatistics.add`), and shares of whole steps' (`StepStatistics.add_shares`)."""
-
-    value: Tensor
-    samples: Figures = field(default_factory=dict)
-    shares: Figures = field(default_factory=dict)
-
-
-Term = Callable[[], Loss]
-"""A part of a batch's loss, computed when it is called."""
-
-
-class Consistency(ABC):
-    """A method. The trainer calls, in each step: `terms` of each batch of `source`, and after the backward pass of each
-    term `after_backward`; then `update`, or `give_up` where the step is broken off."""
-
-    figures: tuple[str, ...] = ()
-    """Names of the whole steps' figures that its terms report."""
+class Consistency(Method):
+    settings: Tbcm | Scm | Sprint
+    sample_figures = ("error", "g_norm", "logvar")
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
-        self.config, self.settings = config, config.method
-        teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device), config.resolution)
-        source = self.make_source(teacher, device, parts)
-        self.source = Overlapped(source, device) if config.train.overlap_rollout else source
+        super().__init__(config, device, parts)
         r = self.settings.r
         self.r = RSchedule(r.warmup_steps, r.final, r.cooldown_start, r.cooldown_steps)
 
-    @abstractmethod
-    def make_source(self, teacher: GuidedTeacher, device: torch.device, parts: Parts) -> SampleSource:
-        """Where the samples of a step come from."""
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples optimised in a step, over all ranks."""
-        return self.config.train.prompts_per_step * self.source.samples_per_prompt
-
-    def terms(self, student: Network, batch: Batch, index: int, step: int) -> list[Term]:
-        """The loss of this rank's `index`-th batch of the step, in terms of which one at a time is in memory. The last
-        one is to reach every weight, since it exchanges the gradients."""
-        points = batch.trajectory.points(slice(self.source.first_point, None))
-        n = points.t.shape[1]
-        size = min(self.config.train.points_per_micro_batch or n, n)
-        micro_batches = (points.points(slice(start, start + size)) for start in range(0, n, size))
-        return [partial(self._consistency, student, batch, part, step) for part in micro_batches]
-
-    def _consistency(self, student: Network, batch: Batch, part: Trajectory, step: int) -> Loss:
+    def loss(self, student: Network, batch: Batch, part: Trajectory, step: int) -> Loss:
         value, samples = tbcm_loss(
             student,
             part,
@@ -83,23 +36,5 @@ class Consistency(ABC):
         )
         return Loss(value, samples)
 
-    def after_backward(self, term: int, *, last_batch: bool) -> Figures:
-        """After the student's backward pass of the `term`-th term of a batch. Returns shares of figures."""
-        return {}
-
-    def update(self, finite: Tensor) -> Tensor:
-        """After the student's update, which was made where `finite`. Returns where all updates were made."""
-        return finite
-
-    def give_up(self) -> None:
-        """Forgets the step so far."""
-        return None
-
-    @property
-    def trained(self) -> nn.Module | None:
-        """What is trained beside the student, with AdamW or the like."""
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the method."""
-        return {}
+    def scheduled(self, step: int) -> dict[str, float]:
+        return {"r": self.r(step)}

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tbcm.config import Config
 from tbcm.config.methods import Sprint as Settings
@@ -18,7 +18,7 @@ from tbcm.samples.rollouts import Batch
 from tbcm.setup.parts import Parts
 from tbcm.setup.precision import teacher_autocast
 from tbcm.training.methods.adversary import FIGURES, Adversary
-from tbcm.training.methods.consistency import Figures, Loss, Term
+from tbcm.training.methods.method import Beside, Figures, Loss, Term
 from tbcm.training.methods.scm import Scm
 
 
@@ -50,8 +50,8 @@ class Sprint(Scm):
         self.adversary.give_up()
 
     @property
-    def trained(self) -> nn.Module:
-        return self.adversary.heads
+    def beside(self) -> dict[str, Beside]:
+        return {"discriminator": Beside(self.adversary.heads, self.adversary.optimizer)}
 
     def state(self) -> dict[str, Any]:
         return self.adversary.state()
