@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
         "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'icons'"
     )
     parser.add_argument("--teacher", action="store_true", help="the run's teacher, or a pipeline that is one")
-    parser.add_argument("--steps", type=int, nargs="+", help="default: 1, or 20 for a teacher")
+    parser.add_argument("--steps", type=int, nargs="+", help="default: as few as there can be (1), or 20 for a teacher")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="see below")
     parser.add_argument("--images", type=int, help="default: 2000, or as many prompts as there are")
     parser.add_argument(
@@ -90,7 +90,7 @@ def default_out(source: str, *, teacher: bool) -> Path:
 def main() -> None:
     arguments = vars(parse())
     device_type, average = arguments.pop("device"), arguments.pop("weights") == "ema"
-    arguments["steps"] = arguments["steps"] or [20 if arguments["teacher"] else 1]
+    arguments["steps"] = arguments["steps"] or []
     out = arguments["out"]
     arguments["cache"] = (out or EVALUATIONS) / "cache"
     arguments["out"] = out or default_out(arguments["source"], teacher=arguments["teacher"])

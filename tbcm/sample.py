@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("prompts", nargs="+", type=text_argument, help="one image each")
     parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")
-    parser.add_argument("--steps", type=int, help="default: 1, or 20 for a teacher")
+    parser.add_argument("--steps", type=int, help="default: as few as there can be (1), or 20 for a teacher")
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
     parser.add_argument("--size", help="HEIGHTxWIDTH, or one number for a square; default: the first trained on")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,9 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=path_argument, default="samples", help="folder for the images (default: samples)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     arguments = parser.parse_args()
-    steps = arguments.steps if arguments.steps is not None else (20 if arguments.teacher else 1)
-    if not 1 <= steps <= 1000:
-        raise UserError(f"--steps {steps}: give a number from 1 to 1000")
+    if arguments.steps is not None and not 1 <= arguments.steps <= 1000:
+        raise UserError(f"--steps {arguments.steps}: give a number from 1 to 1000")
 
     size = None if arguments.size is None else parse_size(arguments.size)
 
@@ -55,6 +54,7 @@ def main() -> None:
         device=arguments.device,
         size=size,
     )
+    steps = arguments.steps or sampler.fewest_steps
     images = sampler(arguments.prompts, steps=steps, guidance=arguments.guidance, seed=arguments.seed)
     out: Path = arguments.out
     for i, image in enumerate(images):

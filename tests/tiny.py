@@ -57,7 +57,7 @@ def tiny_config(out: Path, **sections: Any) -> Config:
     name = method.get("name", "tbcm")
     if name in ("tbcm", "scm", "sprint"):
         tree["method"]["r"] = {"warmup_steps": 4, "final": 1.0, "cooldown_start": None}
-    if name == "tbcm" or (name == "lcm" and method.get("samples") != "images"):
+    if name == "tbcm" or (name in ("lcm", "pcm") and method.get("samples") != "images"):
         tree["method"]["route"] = {"points": 4, "per_prompt": True}
     else:
         tree["data"]["images"] = "unused"

@@ -83,8 +83,13 @@ _RIVALS = (
     Line("LCM, 1 step", "lcm", 1, 50.51, 24.45),
     Line("LCM, 2 steps", "lcm", 2),
     Line("LCM, 4 steps", "lcm", 4),
+    Line("PCM, 1 step", "pcm_1", 1, 30.11, 26.47),
+    Line("PCM, 4 steps", "pcm_4", 4),
 )
-_OF_RIVALS = "The paper's values of LCM are those of SDXL as its teacher, so that they are in no order with the others."
+_OF_RIVALS = (
+    "The paper's values of LCM and PCM are those of other teachers (SDXL): they are in no order with the others."
+    " A student of PCM is sampled in as many steps as it has phases: each number of them is a training of its own."
+)
 
 _ALL = (
     _by_method("methods", "", _RIVALS, _SAME_SAMPLES, _OF_RIVALS),

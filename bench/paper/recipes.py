@@ -25,6 +25,13 @@ _WARM_UPS = {"icons.yaml": (("method.r.warmup_steps", 0.5), ("optimizer.warmup_s
 """By recipe, shares of a run in the place of its own tenth and fiftieth, with which TBCM is ruined in a run as short as
 these (KID to the teacher 250 instead of 9, after 4,800 samples). The baselines are not, and do best with theirs."""
 _SANA = ("student.guidance_embeds_scale=null", "method.r.final=1.0")
+_DISCRETE = (
+    "student.guidance_embeds_scale=null",
+    "method.route.shift=2.5",
+    "method.route.points=15",  # all of which train
+    "train.prompts_per_step=8",
+    "optimizer.cooldown_steps=0",
+)
 _PUBLISHED = {
     "icons.yaml": (
         *_SANA,
@@ -35,13 +42,8 @@ _PUBLISHED = {
     ),
     "icons_scm.yaml": (*_SANA, "method.times.mean=0.2"),
     "icons_sprint.yaml": (*_SANA, "method.times.mean=0.2"),
-    "icons_lcm.yaml": (
-        "student.guidance_embeds_scale=null",
-        "method.route.shift=2.5",
-        "method.route.points=15",  # all of which train
-        "train.prompts_per_step=8",
-        "optimizer.cooldown_steps=0",
-    ),
+    "icons_lcm.yaml": _DISCRETE,
+    "icons_pcm.yaml": _DISCRETE,
 }
 """What all arms but the tuned ones take in the place of what configs/ has for icons, unless they change it: as
 published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
@@ -96,6 +98,8 @@ ARMS = {
         Arm("scm", "sCM on the real images", "icons_scm.yaml"),
         Arm("sprint", "Sana-Sprint (sCM + latent adversarial loss)", "icons_sprint.yaml"),
         Arm("lcm", "LCM on the teacher's trajectories", "icons_lcm.yaml"),
+        Arm("pcm_1", "PCM of one phase, with its adversarial loss", "icons_pcm.yaml", ("method.phases=1",)),
+        Arm("pcm_4", "PCM of four phases, with its adversarial loss", "icons_pcm.yaml"),
         Arm("tbcm_tuned", "TBCM as configs/icons.yaml has it", tuned=True),
         Arm("scm_tuned", "sCM as configs/icons_scm.yaml has it", "icons_scm.yaml", tuned=True),
         Arm("sprint_tuned", "Sana-Sprint as configs/icons_sprint.yaml has it", "icons_sprint.yaml", tuned=True),

@@ -24,7 +24,7 @@ from tbcm.runtime.ema import EMA
 from tbcm.runtime.optimizer import build_optimizer
 from tbcm.runtime.update import PlainUpdate, fused_class
 from tbcm.samples.rollouts import Batch, SampleSource
-from tbcm.training.methods import adversary
+from tbcm.training.methods import sprint
 from tbcm.training.random_parts import random_parts
 from tbcm.training.trainer import Trainer
 
@@ -251,8 +251,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def _draws_of_a_cpu(device: torch.device) -> AbstractContextManager[object]:
-    drawn: Callable[..., Any] = adversary.draw_adversarial
-    return patch.object(adversary, "draw_adversarial", lambda *given: moved(drawn(*given[:-1], CPU), device))
+    drawn: Callable[..., Any] = sprint.draw_adversarial
+    return patch.object(sprint, "draw_adversarial", lambda *given: moved(drawn(*given[:-1], CPU), device))
 
 
 def _trainer(setting: Setting, change: dict[str, Any], method: str = "tbcm") -> Trainer:

@@ -64,9 +64,9 @@ class Config(Section):
                 f"{_of_images(self.method)} needs data.images ('icons', a folder of images with a metadata.jsonl,"
                 " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
             )
-        if self.method.name == "sprint" and self.teacher.fp8:
+        if self.method.judge and self.teacher.fp8:
             raise ValueError(
-                "method.name=sprint needs teacher.fp8=false: its discriminator needs the teacher's gradient"
+                f"{_judged(self.method)} needs teacher.fp8=false: its discriminator needs the teacher's gradient"
             )
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
             raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
@@ -93,6 +93,11 @@ class Config(Section):
 def _of_images(method: Any) -> str:
     """The settings by which a method learns from images."""
     return f"method.name={method.name}" + (" with method.samples=images" if hasattr(method, "samples") else "")
+
+
+def _judged(method: Any) -> str:
+    """The settings by which a method has a discriminator."""
+    return f"method.name={method.name}" + (" with method.adversary" if method.name != "sprint" else "")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

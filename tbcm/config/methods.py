@@ -26,13 +26,10 @@ class R(Section):
     cooldown_steps: NonNegativeInt = 2000
 
 
-class Adversary(Section):
-    """Sana-Sprint's discriminator (method.name=sprint)."""
+class Judge(Section):
+    """Heads on the frozen teacher's tokens, and the adversarial loss."""
 
-    weight: PositiveFloat = Field(0.5, description="of the adversarial loss beside sCM's")
-    max_time: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="share of the student's images that are judged from t_max, where one-step generation starts"
-    )
+    weight: PositiveFloat = Field(0.5, description="of the adversarial loss beside the method's own")
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = Field(
         None, description="the teacher's blocks, counted from 0, whose tokens are scored; default: five spread over it"
     )
@@ -41,6 +38,20 @@ class Adversary(Section):
     optimizer: Literal["adamw", "came"] = "adamw"
     lr: PositiveFloat = 1e-4
     clip: PositiveFloat = 1.0
+
+
+class Adversary(Judge):
+    """Sana-Sprint's."""
+
+    max_time: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the student's images that are judged from t_max, where one-step generation starts"
+    )
+
+
+class PhasedAdversary(Judge):
+    """PCM's."""
+
+    weight: PositiveFloat = Field(0.1, description="of the adversarial loss beside the method's own")
 
 
 class Times(Section):
@@ -79,6 +90,17 @@ class _Method(Section):
     def continuous(self) -> bool:
         """Whether its loss asks the student for its derivative, and for the log-variance by which it is weighted."""
         return False
+
+    @property
+    def judge(self) -> Judge | None:
+        """Its adversarial term, if it has one."""
+        return None
+
+    @property
+    def jumps(self) -> int:
+        """Parts of the trajectory, which the student crosses by a jump each. Of one, any jump ends at data,
+        and it is sampled in any number of steps."""
+        return 1
 
     @property
     def default_guidance(self) -> float:
@@ -139,6 +161,10 @@ class Sprint(_Consistency):
     def from_images(self) -> bool:
         return True
 
+    @property
+    def judge(self) -> Judge:
+        return self.adversary
+
 
 class Discrete(_Method):
     """Discrete consistency distillation: samples of either kind, the teacher's solver, a distance and a target."""
@@ -173,6 +199,34 @@ class Lcm(Discrete):
     name: Literal["lcm"]
 
 
+class Pcm(Discrete):
+    """Phased consistency: LCM in parts of the trajectory."""
+
+    name: Literal["pcm"]
+    phases: PositiveInt = Field(4, description="parts of the trajectory, and steps in which the student is sampled")
+    target_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of the target network, an average of the student's weights; 0: the student itself"
+    )
+    adversary: PhasedAdversary | None = Field(None, description="its adversarial term; null: without")
+
+    @model_validator(mode="after")
+    def _phases_have_steps(self) -> Self:
+        if self.phases * self.solver.skip > self.solver.timesteps:
+            raise ValueError(
+                f"method.phases = {self.phases}: a phase is shorter than a step of the solver, {self.solver.skip} of"
+                f" {self.solver.timesteps} timesteps"
+            )
+        return self
+
+    @property
+    def judge(self) -> Judge | None:
+        return self.adversary
+
+    @property
+    def jumps(self) -> int:
+        return self.phases
+
+
 def _name(method: Any) -> Any:
     """Which of them a section is for: TBCM where it does not say."""
     return method.get("name", "tbcm") if isinstance(method, dict) else getattr(method, "name", None)
@@ -182,16 +236,17 @@ Method = Annotated[
     Annotated[Tbcm, Tag("tbcm")]
     | Annotated[Scm, Tag("scm")]
     | Annotated[Sprint, Tag("sprint")]
-    | Annotated[Lcm, Tag("lcm")],
+    | Annotated[Lcm, Tag("lcm")]
+    | Annotated[Pcm, Tag("pcm")],
     Discriminator(_name),
 ]
-Rolled = Tbcm | Lcm
+Rolled = Tbcm | Lcm | Pcm
 """Of which trajectories are rolled out."""
-Noised = Scm | Sprint | Lcm
+Noised = Scm | Sprint | Lcm | Pcm
 """Of which images are noised."""
 
 
-def trajectories_of(method: Tbcm | Scm | Sprint | Lcm) -> Rolled:
+def trajectories_of(method: Tbcm | Scm | Sprint | Lcm | Pcm) -> Rolled:
     """How trajectories are rolled out for a run of this method: as TBCM does it by default, if its own makes none."""
     if isinstance(method, Rolled):
         return method

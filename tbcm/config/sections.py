@@ -120,8 +120,8 @@ class Student(Section):
     checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="what backward recomputes of a block's values (never its tangents): nothing, all but the linear"
-        " layers, or everything. A compiled block is at least selective by itself. With method.name=sprint also of the"
-        " teacher's under the discriminator",
+        " layers, or everything. A compiled block is at least selective by itself. With a discriminator also of the"
+        " teacher's under it",
     )
     compile: Switch = Field("auto", description="torch.compile per block; auto: on CUDA")
     guidance_embeds_scale: PositiveFloat | None = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Options:
     source: str
     out: Path
     cache: Path
-    steps: list[int]
+    steps: list[int]  # none: as few as there can be
     teacher: bool = False
     average: bool = True
     agree_with: str | None = None
@@ -81,7 +81,8 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         agree_with=options.agree_with,
         batch=options.batch,
     )
-    config = candidates.student.sampler.config
+    sampler = candidates.student.sampler
+    config, options = sampler.config, replace(options, steps=options.steps or [sampler.fewest_steps])
     reference = None if options.reference is None else open_reference(options.reference)
     icons = candidates.icons and options.prompts is None and reference is None
     metrics = _metrics(options, icons, reference, candidates.teacher is not None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tbcm.errors import UserError
-from tbcm.inference.exporting import own_pipeline
+from tbcm.inference.exporting import check_jumps, own_pipeline
 from tbcm.inference.pipeline_call import adapter_card
 from tbcm.inference.student import PIPELINE_CONFIG, Origin, open_run, student_of_run
 from tbcm.models.embedders import time_embedders
@@ -35,6 +35,7 @@ def export_adapter(run: str, out: Path, *, dtype: torch.dtype, average: bool = T
     origin = open_run(run)
     if origin.config.student.lora is None:
         raise UserError(f"{run}: trained all weights (student.lora is null): export it without --adapter")
+    check_jumps(origin)
     pipeline = adapter_pipeline(origin)
     few = pipeline.few_steps(1, origin.config.resolution[0])
     student = student_of_run(origin, torch.device("cpu"), average=average, merged=False)

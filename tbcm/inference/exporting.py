@@ -28,9 +28,10 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     is not that pipeline's as the teacher's own, which it is of all other families.
 
     Raises:
-        UserError: not a run, no checkpoint, or a teacher whose time no pipeline of diffusers can express.
+        UserError: not a run, no checkpoint, or a student or a teacher that no pipeline of diffusers can express.
     """
     origin = open_run(run)
+    check_jumps(origin)
     own = None if is_sprints(origin) else own_pipeline(origin)
     student = load_student(origin, torch.device("cpu"), torch.float32, average=average)
     if own is not None:
@@ -38,6 +39,15 @@ def export(run: str, out: Path, *, dtype: torch.dtype, average: bool = True) -> 
     else:
         assert isinstance(student, SanaTrigFlow)
         write_sprint_pipeline(student, origin, out, dtype)
+
+
+def check_jumps(origin: Origin) -> None:
+    """Raises UserError for a student that no exported scheduler would sample as it was trained."""
+    if (jumps := origin.config.method.jumps) > 1:
+        raise UserError(
+            f"{origin.path}: a student of {jumps} phases (method.phases) goes from one to the next without noise, which"
+            " exported pipelines' schedulers add; tbcm.sample can run it, but it cannot be exported"
+        )
 
 
 def is_sprints(origin: Origin) -> bool:

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from tbcm.config import Config
+from tbcm.config.methods import Pcm
 from tbcm.config.resolution import Size
+from tbcm.errors import UserError
 from tbcm.inference.images import to_uint8
 from tbcm.inference.student import load_student, open_origin
-from tbcm.method.rollout import embedded, rollout
+from tbcm.method.lcm import Timesteps
+from tbcm.method.pcm import edges, phased_sample
+from tbcm.method.rollout import Velocity, embedded, rollout
 from tbcm.method.sampling import consistency_sample
 from tbcm.method.types import Condition
 from tbcm.models.loading import AnyPipeline
@@ -23,6 +27,8 @@ from tbcm.samples.rollouts import GuidedTeacher, Text
 from tbcm.setup.networks import build_teacher
 from tbcm.setup.precision import autocast, dtype_of, teacher_autocast
 from tbcm.setup.text import build_text
+
+TEACHER_STEPS = 20
 
 
 class NoiseSource:
@@ -42,8 +48,9 @@ class Sampler:
     for a part of a longer list says with `first` where in it the part begins.
 
     `net` is a student (few steps, guidance through its embedding) or, with `teacher`, a teacher (first-order steps of
-    its guided ODE along a flow schedule, from t = pi/2). What the configuration says of latents, times, guidance and
-    precision holds, and weights that are kept in more precision are cast; `pipeline` has the VAE. Images have the size
+    its guided ODE along a flow schedule, from t = pi/2). A student of several phases takes as many steps. What the
+    configuration says of latents, times, guidance and precision holds, and weights that are kept in more precision are
+    cast; `pipeline` has the VAE. Images have the size
     `size` (default: the first of those trained on).
     """
 
@@ -74,6 +81,11 @@ class Sampler:
         """Images [P, 3, H, W] uint8, on the CPU."""
         return self.decode(self.latents(prompts, steps=steps, guidance=guidance, seed=seed, first=first))
 
+    @property
+    def fewest_steps(self) -> int:
+        """In how few steps images are made, if nothing is said; of a teacher, whose few steps show nothing, 20."""
+        return TEACHER_STEPS if self.teacher else self.config.method.jumps
+
     @torch.no_grad()
     def latents(
         self, prompts: Sequence[str], *, steps: int, guidance: float | None = None, seed: int = 0, first: int = 0
@@ -98,10 +110,23 @@ class Sampler:
             velocity = self.teacher.velocity(self.teacher.prepare(condition), w, self.size)
             times = self.pipeline.teacher_times(steps, self.size).to(start.device)[None]
             return rollout(velocity, start, times, w, sigma_data).x0 / sigma_data
-        few = self.pipeline.student_times(steps, self.size)
         cast = any(parameter.dtype != self.dtype for parameter in self.net.parameters())
         with autocast(self.dtype if cast else torch.float32, start.device):
-            return consistency_sample(embedded(self.net, condition, w), start, few, sigma_data, noise) / sigma_data
+            return self._jumped(embedded(self.net, condition, w), start, steps, noise) / sigma_data
+
+    def _jumped(self, velocity: Velocity, start: Tensor, steps: int, noise: Callable[[], Tensor]) -> Tensor:
+        """The student's x_0 from noise."""
+        method = self.config.method
+        if method.jumps == 1:
+            few = self.pipeline.student_times(steps, self.size)
+            return consistency_sample(velocity, start, few, method.sigma_data, noise)
+        if steps != method.jumps:
+            raise UserError(
+                f"a student of {method.jumps} phases (method.phases) is sampled in {method.jumps} steps, not {steps}"
+            )
+        assert isinstance(method, Pcm)
+        times = edges(Timesteps(self.net.t_max, method.solver.shift), method.phases)
+        return phased_sample(velocity, start, times, method.sigma_data)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images [P, 3, H, W] uint8 on the CPU. The VAE is on the device only while it decodes."""

@@ -61,35 +61,43 @@ def distance(a: Tensor, b: Tensor, kind: Distance, huber_c: float) -> Tensor:
     return square.flatten(1).mean(1)
 
 
-def lcm_loss(
+def answers(
     student: Network,
     target: Network,
     trajectory: Trajectory,
     condition: Condition,
-    keep: Tensor,
     *,
     lower: Tensor,
     end: Tensor,
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
+    """f_theta(x_t, t -> e) with its graph and f_theta-(x^_s, s -> e), [B = P N, C, H, W] each, at all points of
+    `trajectory` (P prompts, N points). `lower` and `end` [P, N] are s and e of each."""
+    x, dxdt, t = trajectory.x.flatten(0, 1), trajectory.dxdt.flatten(0, 1), trajectory.t.flatten()
+    guidance, lower, end = trajectory.guidance.repeat_interleave(trajectory.t.shape[1]), lower.flatten(), end.flatten()
+    wanted = target_state(target, x, dxdt, t, lower, end, condition, guidance, sigma_data)
+    F = student(x / sigma_data, t, condition, guidance).F
+    return jump(F, x, t, end, sigma_data), wanted
+
+
+def lcm_loss(
+    got: Tensor,
+    wanted: Tensor,
+    keep: Tensor,
+    *,
     count: int,
     sigma_data: float,
     kind: Distance = "huber",
     huber_c: float = 0.001,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss over all points of `trajectory` (P prompts, N points), and per-sample figures [B = P N], on the device.
+) -> tuple[Tensor, Tensor]:
+    """The loss of `answers`, and their mean squared differences [B], which carry no graph.
 
-    `lower` and `end` [P, N] are s and e of each point. `keep` [P] bool: of which prompts the points count; `count`:
-    samples of the whole step, by which the sum is divided. Distances are of states over sigma_data, whose elements are
-    of size 1 whatever sigma_data is.
+    `keep` [B] bool: which samples count; `count`: samples of the whole step, by which the sum is divided. Distances are
+    of states over sigma_data, whose elements are of size 1 whatever sigma_data is.
     """
-    n = trajectory.t.shape[1]
-    x, dxdt, t = trajectory.x.flatten(0, 1), trajectory.dxdt.flatten(0, 1), trajectory.t.flatten()
-    keep, guidance = keep.repeat_interleave(n), trajectory.guidance.repeat_interleave(n)
-    lower, end = lower.flatten(), end.flatten()
-    wanted = target_state(target, x, dxdt, t, lower, end, condition, guidance, sigma_data)
-    F = student(x / sigma_data, t, condition, guidance).F
-    got, wanted = jump(F, x, t, end, sigma_data) / sigma_data, wanted / sigma_data
+    got, wanted = got / sigma_data, wanted / sigma_data
     loss = torch.where(keep, distance(got, wanted, kind, huber_c), 0.0).sum() / count
-    return loss, {"t": t, "keep": keep, "error": distance(got.detach(), wanted, "l2", huber_c)}
+    return loss, distance(got.detach(), wanted, "l2", huber_c)
 
 
 @torch.no_grad()

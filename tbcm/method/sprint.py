@@ -31,12 +31,19 @@ def adversarial_times(
     return torch.where(uniform < share, t_max, t)
 
 
-def student_loss(fake: Tensor, count: int) -> Tensor:
-    """-mean of the scores [P, K] of fakes; the sum over samples is divided by `count`, those of the whole step."""
-    return -fake.mean(1).sum() / count
+def student_loss(fake: Tensor, count: int, keep: Tensor | None = None) -> Tensor:
+    """-mean of the scores [P, K] of fakes; the sum over samples is divided by `count`, those of the whole step. `keep`
+    [P]: which of them count."""
+    return -mean_score(fake, count, keep)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, count: int) -> Tensor:
-    """Half the sum of mean max(0, 1 - real) and mean max(0, 1 + fake), of scores [P, K], with `count` as above."""
-    hinge = functional.relu(1 - real) + functional.relu(1 + fake)
-    return 0.5 * hinge.mean(1).sum() / count
+def discriminator_loss(real: Tensor, fake: Tensor, count: int, keep: Tensor | None = None) -> Tensor:
+    """Half the sum of mean max(0, 1 - real) and mean max(0, 1 + fake), of scores [P, K], with `count` and `keep` as
+    above."""
+    return 0.5 * mean_score(functional.relu(1 - real) + functional.relu(1 + fake), count, keep)
+
+
+def mean_score(scores: Tensor, count: int, keep: Tensor | None = None) -> Tensor:
+    """Of [P, K], as above."""
+    means = scores.mean(1)
+    return (means if keep is None else torch.where(keep, means, 0.0)).sum() / count

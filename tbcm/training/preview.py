@@ -1,4 +1,4 @@
-"""Image sheets of fixed prompts and noise during training: the average student in 1, 2, 4 steps above its teacher."""
+"""Image sheets of fixed prompts and noise during training: the average student in few steps above its teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tbcm.config import Config
 from tbcm.errors import UserError
-from tbcm.inference.generation import Sampler
+from tbcm.inference.generation import TEACHER_STEPS, Sampler
 from tbcm.inference.images import sheet
 from tbcm.runtime import distributed
 from tbcm.runtime.ema import EMA
@@ -20,7 +20,6 @@ from tbcm.setup.parts import Parts
 logger = logging.getLogger(__name__)
 
 STEPS = (1, 2, 4)
-TEACHER_STEPS = 20
 
 
 class Previewer:
@@ -33,6 +32,8 @@ class Previewer:
 
         text, pipeline = parts.text, pipeline_of(config)
         self.student = Sampler(parts.student, text, config, pipeline, teacher=False, batch=4)
+        jumps = config.method.jumps
+        self.steps = STEPS if jumps == 1 else (jumps,)
         self._teacher_images: Tensor | None = None
 
     def __call__(self, log: MetricLog, step: int) -> None:
@@ -51,10 +52,10 @@ class Previewer:
             logger.warning("no preview at step %d: %s", step, error)
 
     def _latents(self) -> list[Tensor]:
-        """The average student's, for each of `STEPS`."""
+        """The average student's, for each of its `steps`."""
         with self.ema.swap(self.parts.student):
             try:
-                return [self.student.latents(self.prompts, steps=n) for n in STEPS]
+                return [self.student.latents(self.prompts, steps=n) for n in self.steps]
             finally:
                 forget_gathered(self.wrapped)  # averages, which the next step would train with
 
@@ -64,6 +65,6 @@ class Previewer:
             # Not kept: it would hold the null prompt's keys and values a second time.
             teacher = Sampler(parts.teacher, parts.text, config, self.student.pipeline, teacher=True, batch=4)
             self._teacher_images = teacher(self.prompts, steps=TEACHER_STEPS)
-        rows = [(f"student {n}", self.student.decode(x)) for n, x in zip(STEPS, latents, strict=True)]
+        rows = [(f"student {n}", self.student.decode(x)) for n, x in zip(self.steps, latents, strict=True)]
         rows.append((f"teacher {TEACHER_STEPS}", self._teacher_images))
         log.image("preview", sheet(rows, self.prompts), step)

@@ -110,6 +110,21 @@ def test_nor_with_an_adversary(tmp_path: Path) -> None:
                 torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
 
 
+PCM: Sections = {"method": {"name": "pcm", "phases": 2, "adversary": {"lr": 1e-4}}}
+
+
+def test_nor_with_an_adversary_that_sees_points_of_trajectories(tmp_path: Path) -> None:
+    """Whose draws are those of a prompt's place in the global batch and of the point."""
+    train({tmp_path / "single": PCM})
+    ways = {"ddp": PCM | ACCUMULATED, "fsdp": PCM | FSDP}
+    on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
+    for name in ways:
+        assert_same_run(tmp_path / "single", tmp_path / name)
+        for a, b in zip(metrics(tmp_path / "single"), metrics(tmp_path / name), strict=True):
+            for key in FIGURES:
+                torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
+
+
 LCM: Sections = {"method": {"name": "lcm", "target_decay": 0.5}}
 LCM_OF_ITSELF: Sections = {"method": {"name": "lcm", "target_decay": 0}}
 

@@ -11,7 +11,7 @@ import torch
 from helpers import Analytic, AnalyticStudent, Gaussian, random_condition
 from torch import Tensor, nn
 
-from tbcm.method.lcm import Timesteps, distance, jump, lcm_loss, target_state
+from tbcm.method.lcm import Timesteps, answers, distance, jump, lcm_loss, target_state
 from tbcm.method.rollout import rollout
 from tbcm.method.route import reference_route
 from tbcm.method.types import Trajectory
@@ -112,9 +112,9 @@ def test_the_loss_is_algorithm_1_sample_by_sample(kind: str) -> None:
     way, condition, keep = path(), random_condition(3), torch.tensor([True, False, True])
     student, target, c = Text(0.7, 0.3, 0.2), Text(0.6, 0.2, 0.4), 0.01
     lower = (way.t - 0.15).clamp(min=0)
-    options = {"count": 99, "sigma_data": SIGMA, "kind": kind, "huber_c": c}
-    zero = torch.zeros_like(way.t)
-    loss, figures = lcm_loss(student, target, way, condition, keep, lower=lower, end=zero, **options)
+    pair = answers(student, target, way, condition, lower=lower, end=torch.zeros_like(way.t), sigma_data=SIGMA)
+    kept = keep.repeat_interleave(2)
+    loss, error = lcm_loss(*pair, kept, count=99, sigma_data=SIGMA, kind=kind, huber_c=c)  # type: ignore[arg-type]
     loss.backward()
     assert (student.weights.grad != 0).all() and target.weights.grad is None
     total = 0.0
@@ -131,7 +131,7 @@ def test_the_loss_is_algorithm_1_sample_by_sample(kind: str) -> None:
             stepped = (t - s).cos() * x - (t - s).sin() * v
             d = (f(student, x, t) - f(target, stepped, s)) / SIGMA
             sample = p * 2 + i  # prompt-major
-            assert figures["error"][sample].item() == pytest.approx(d.square().mean().item(), rel=1e-4)
+            assert error[sample].item() == pytest.approx(d.square().mean().item(), rel=1e-4)
             if keep[p]:
                 total += (d.square() if kind == "l2" else (d.square() + c**2).sqrt() - c).mean().item()
     assert loss.item() == pytest.approx(total / 99, rel=1e-4)
@@ -171,10 +171,10 @@ def test_training_on_the_teachers_trajectories_finds_its_consistency_function() 
     steps = Timesteps(HALF_PI)
 
     def loss_of(student: Student, way: Trajectory) -> Tensor:
-        keep, zero = torch.ones(16, dtype=torch.bool), torch.zeros_like(way.t)
-        lower = steps.below(way.t, 1 / 50, zero)
-        options = {"lower": lower, "end": zero, "count": 16 * 32, "sigma_data": SIGMA}
-        return lcm_loss(student, student, way, random_condition(16), keep, **options)[0]
+        end, keep = torch.zeros_like(way.t), torch.ones(16 * 32, dtype=torch.bool)
+        lower, condition = steps.below(way.t, 1 / 50, end), random_condition(16)
+        pair = answers(student, student, way, condition, lower=lower, end=end, sigma_data=SIGMA)
+        return lcm_loss(*pair, keep, count=16 * 32, sigma_data=SIGMA)[0]
 
     student = trained(loss_of)
     # What a solver of steps of 1/50 has for the deviation is a little off the exact one.

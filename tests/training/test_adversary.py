@@ -13,8 +13,8 @@ from tiny import metrics, tiny_config, tiny_parts
 from torch import Tensor
 
 from tbcm.errors import UserError
-from tbcm.training.methods.adversary import Adversary, draw_adversarial
-from tbcm.training.methods.sprint import Sprint
+from tbcm.training.methods.adversary import Adversary, Shown
+from tbcm.training.methods.sprint import Sprint, draw_adversarial
 from tbcm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -45,9 +45,13 @@ def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     return found
 
 
-def adversary_of(trainer: Trainer) -> Adversary:
+def method_of(trainer: Trainer) -> Sprint:
     assert isinstance(trainer.method, Sprint)
-    return trainer.method.adversary
+    return trainer.method
+
+
+def adversary_of(trainer: Trainer) -> Adversary:
+    return method_of(trainer).adversary
 
 
 def by_definition(trainer: Trainer) -> list[Tensor]:
@@ -85,7 +89,7 @@ def test_reals_are_noised_to_times_of_their_own(tmp_path: Path) -> None:
     (batch,) = trainer.source(0)
     x0, condition, w = batch.trajectory.x0, batch.condition, batch.trajectory.guidance
     d = draw_adversarial(0, 0, 4, x0.shape[1:], trainer.config.method, trainer.teacher.t_max, CPU)
-    adversary.loss(trainer.wrapped, batch, 0, 0)
+    method_of(trainer).adversarial(trainer.wrapped, batch, 0, 0)
     learnt = adversary.learn(last=True)
     s = d.real_s[:, None, None, None]
     x_s = s.cos() * x0 + s.sin() * sigma * d.real_noise
@@ -103,8 +107,7 @@ def test_the_students_loss_changes_neither_heads_nor_teacher(tmp_path: Path) -> 
     trainer = make(tmp_path)
     adversary = adversary_of(trainer)
     (batch,) = trainer.source(0)
-    loss, _ = adversary.loss(trainer.wrapped, batch, 0, 0)
-    loss.backward()
+    method_of(trainer).adversarial(trainer.wrapped, batch, 0, 0).value.backward()
     assert all(p.grad is None for p in (*adversary.heads.parameters(), *trainer.teacher.parameters()))
     adversary.learn(last=True)
     learning = {name: p.grad for name, p in adversary.heads.named_parameters()}
@@ -161,8 +164,8 @@ def test_a_discriminator_whose_gradient_is_not_finite_counts_as_a_skipped_update
     adversary = adversary_of(trainer)
     plain = adversary._features
 
-    def features(x0: Tensor, *rest: Any) -> list[Tensor]:
-        found = plain(x0, *rest)
+    def features(shown: Shown, *rest: Any) -> list[Tensor]:
+        found = plain(shown, *rest)
         return found if torch.is_grad_enabled() else [x * float("nan") for x in found]
 
     monkeypatch.setattr(adversary, "_features", features)

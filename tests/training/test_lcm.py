@@ -141,14 +141,14 @@ def test_a_student_learns_the_teachers_ode(tmp_path: Path) -> None:
         x0 = cos * way.x.flatten(0, 1) - sin * sigma * F
         return x0.unflatten(0, way.t.shape).std(1).mean().item()
 
-    train = {"steps": 60, "prompts_per_step": 2}
+    train = {"steps": 30, "prompts_per_step": 2}
     solver = {"skip": 100, "shift": 1.0}
     trainer = make(
         tmp_path,
         {"solver": solver, "target_decay": 0, "brightness_threshold": 0.0},
         train=train,
         optimizer={"lr": 3e-3},
-        log={"every": 20, "preview_every": 0},
+        log={"every": 10, "preview_every": 0},
     )
     before = spread(trainer)
     trainer.run()
@@ -162,9 +162,11 @@ def test_half_precision_steps_move_student_and_target(tmp_path: Path, precision:
     config = tiny_config(tmp_path, method={"name": "lcm"}, student={"precision": precision})
     wide = {"attention_head_dim": 32, "cross_attention_head_dim": 32, "cross_attention_dim": 64}
     trainer = Trainer(config, CPU, tiny_parts(config, **wide))
+    if precision == "fp16":  # else many steps are skipped until the scale has come down
+        trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 256.0})
     name = "backbone.proj_out.weight"
     before = target_of(trainer)[name].clone()
-    for _ in range(3 if precision == "bf16" else 15):
+    for _ in range(3):
         trainer.train_step()
     after = target_of(trainer)[name]
     assert after.dtype == torch.float32 and after.isfinite().all() and not torch.equal(before, after)

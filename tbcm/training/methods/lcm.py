@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tbcm.config import Config
 from tbcm.config.methods import Lcm as Settings
-from tbcm.method.lcm import Timesteps, lcm_loss
+from tbcm.config.methods import Pcm
+from tbcm.method.lcm import Timesteps, answers, lcm_loss
 from tbcm.method.types import Network, Trajectory
 from tbcm.models.loading import freeze
 from tbcm.runtime.ema import EMA
@@ -22,7 +23,7 @@ from tbcm.training.methods.sources import noised_latents, teacher_rollouts
 
 
 class Lcm(Method):
-    settings: Settings
+    settings: Settings | Pcm
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         super().__init__(config, device, parts)
@@ -37,21 +38,33 @@ class Lcm(Method):
         return teacher_rollouts(self.config, self.settings, teacher, device, parts, first_point=0)
 
     def loss(self, student: Network, batch: Batch, part: Trajectory, step: int) -> Loss:
-        settings, end = self.settings, self.end(part.t)
-        value, samples = lcm_loss(
+        return self.compared(*self.answers(student, batch, part), batch, part)
+
+    def answers(self, student: Network, batch: Batch, part: Trajectory) -> tuple[Tensor, Tensor]:
+        """The student's, with their graph, and the target's."""
+        end = self.end(part.t)
+        return answers(
             student,
             self.target.net if self.target else student,
             part,
             batch.condition,
-            batch.keep,
             lower=self.timesteps.below(part.t, self.stride, end),
             end=end,
+            sigma_data=self.settings.sigma_data,
+        )
+
+    def compared(self, got: Tensor, wanted: Tensor, batch: Batch, part: Trajectory) -> Loss:
+        settings, keep = self.settings, batch.keep.repeat_interleave(part.t.shape[1])
+        value, error = lcm_loss(
+            got,
+            wanted,
+            keep,
             count=self.samples_per_step,
             sigma_data=settings.sigma_data,
             kind=settings.distance,
             huber_c=settings.huber_c,
         )
-        return Loss(value, samples)
+        return Loss(value, {"t": part.t.flatten(), "keep": keep, "error": error})
 
     def end(self, t: Tensor) -> Tensor:
         """Where the jumps from times t end: data."""

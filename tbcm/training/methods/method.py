@@ -75,11 +75,14 @@ class Method(ABC):
     def terms(self, student: Network, batch: Batch, index: int, step: int) -> list[Term]:
         """The loss of this rank's `index`-th batch of the step, in terms of which one at a time is in memory: a
         micro-batch of points each. The last one is to reach every weight, since it exchanges the gradients."""
-        points = batch.trajectory.points(slice(self.source.first_point, None))
-        n = points.t.shape[1]
-        size = min(self.config.train.points_per_micro_batch or n, n)
-        micro_batches = (points.points(slice(start, start + size)) for start in range(0, n, size))
-        return [partial(self.loss, student, batch, part, step) for part in micro_batches]
+        parts = (batch.trajectory.points(points) for points in self.micro_batches(batch))
+        return [partial(self.loss, student, batch, part, step) for part in parts]
+
+    def micro_batches(self, batch: Batch) -> list[slice]:
+        """Which points of a batch's trajectory are trained on at once."""
+        first, end = self.source.first_point, batch.trajectory.t.shape[1]
+        size = self.config.train.points_per_micro_batch or end
+        return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
     def after_backward(self, term: int, *, last_batch: bool) -> Figures:
         """After the student's backward pass of the `term`-th term of a batch. Returns shares of figures."""

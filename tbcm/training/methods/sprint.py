@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -10,16 +12,52 @@ from torch import Tensor
 
 from tbcm.config import Config
 from tbcm.config.methods import Sprint as Settings
-from tbcm.errors import UserError
+from tbcm.method.sprint import adversarial_times
+from tbcm.method.trigflow import renoise, rotate
 from tbcm.method.types import Network
-from tbcm.models.network import DiffusersNetwork
-from tbcm.runtime import distributed
+from tbcm.runtime.distributed import local_slices
+from tbcm.runtime.seeding import generator
 from tbcm.samples.rollouts import Batch
 from tbcm.setup.parts import Parts
-from tbcm.setup.precision import teacher_autocast
-from tbcm.training.methods.adversary import FIGURES, Adversary
+from tbcm.training.methods.adversary import FIGURES, Shown, build_adversary, draw_shown
 from tbcm.training.methods.method import Beside, Figures, Loss, Term
 from tbcm.training.methods.scm import Scm
+
+
+@dataclass(frozen=True)
+class AdversarialDraws:
+    """All randomness of P images in one step, fp32 [P, ...]: times t and noise z of what the student is given, times s
+    and noises of the fakes and of the real ones that the discriminator is given. Noises are standard normal."""
+
+    t: Tensor
+    z: Tensor
+    fake_s: Tensor
+    fake_noise: Tensor
+    real_s: Tensor
+    real_noise: Tensor
+
+    def __getitem__(self, images: slice) -> AdversarialDraws:
+        """Copies, so that the rest is not kept: in a large global batch these are many times a rank's."""
+        return AdversarialDraws(*(getattr(self, field.name)[images].clone() for field in fields(self)))
+
+
+def draw_adversarial(
+    seed: int, step: int, images: int, shape: Sequence[int], method: Settings, t_max: float, device: torch.device
+) -> AdversarialDraws:
+    """The draws of the step's *global* batch, as those of `samples.rollouts.draw`; `shape` [C, h, w] is a latent's."""
+    a, law, sigma_data = method.adversary, method.times, method.sigma_data
+
+    def stream(name: str) -> torch.Generator:
+        return generator(device, seed, step, name)
+
+    def shown(kind: str) -> tuple[Tensor, Tensor]:
+        return draw_shown(seed, step, kind, images, shape, a, t_max, sigma_data, device)
+
+    normal = torch.randn(images, generator=stream("adversarial time"), device=device)
+    uniform = torch.rand(images, generator=stream("adversarial max time"), device=device)
+    t = adversarial_times(normal, uniform, t_max, share=a.max_time, sigma_data=sigma_data, mean=law.mean, std=law.std)
+    z = torch.randn(images, *shape, generator=stream("adversarial noise"), device=device)
+    return AdversarialDraws(t, z, *shown("fake"), *shown("real"))
 
 
 class Sprint(Scm):
@@ -27,16 +65,28 @@ class Sprint(Scm):
     discriminator learns from what it was shown."""
 
     figures = FIGURES
+    settings: Settings
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         super().__init__(config, device, parts)
-        self.adversary = build_adversary(config, device, parts)
+        self.device, self.t_max = device, parts.teacher.t_max
+        self.slices = local_slices(config.train.prompts_per_step, config.train.prompts_per_rollout)
+        self.adversary = build_adversary(config, self.settings.adversary, device, parts)
 
     def terms(self, student: Network, batch: Batch, index: int, step: int) -> list[Term]:
-        return [partial(self._adversarial, student, batch, index, step), *super().terms(student, batch, index, step)]
+        return [partial(self.adversarial, student, batch, index, step), *super().terms(student, batch, index, step)]
 
-    def _adversarial(self, student: Network, batch: Batch, index: int, step: int) -> Loss:
-        value, shares = self.adversary.loss(student, batch, step, index)
+    def adversarial(self, student: Network, batch: Batch, index: int, step: int) -> Loss:
+        """Of what the student makes of this rank's `index`-th batch of images, noised to times of its own."""
+        sigma_data, x0, guidance = self.settings.sigma_data, batch.trajectory.x0, batch.trajectory.guidance
+        images, seed = self.samples_per_step, self.config.train.seed
+        draws = draw_adversarial(seed, step, images, x0.shape[1:], self.settings, self.t_max, x0.device)
+        draws = draws[self.slices[index]]
+        x = renoise(x0, sigma_data * draws.z, draws.t)
+        F = student(x / sigma_data, draws.t, batch.condition, guidance).F
+        fake = Shown(rotate(x, sigma_data * F.float(), draws.t), draws.fake_noise, draws.fake_s)
+        real = Shown(x0, draws.real_noise, draws.real_s)
+        value, shares = self.adversary.loss(fake, real, batch.condition, guidance, count=images)
         return Loss(value, shares=shares)
 
     def after_backward(self, term: int, *, last_batch: bool) -> Figures:
@@ -55,30 +105,3 @@ class Sprint(Scm):
 
     def state(self) -> dict[str, Any]:
         return self.adversary.state()
-
-
-def build_adversary(config: Config, device: torch.device, parts: Parts) -> Adversary:
-    """Raises UserError for layers that the teacher does not have, or whose outputs differ in width."""
-    settings, train = config.method, config.train
-    assert isinstance(settings, Settings)
-    if isinstance(parts.teacher, DiffusersNetwork) and parts.teacher.family.network == "unet":
-        raise UserError(
-            f"method.name=sprint: the blocks of {parts.teacher.family.pipeline}'s U-Net differ in width and resolution,"
-            " and the discriminator takes tokens of one kind: choose method.name=scm"
-        )
-    blocks = len(parts.teacher.blocks)
-    if settings.adversary.layers and max(settings.adversary.layers) >= blocks:
-        raise UserError(
-            f"method.adversary.layers = {settings.adversary.layers}: the teacher's blocks are 0 to {blocks - 1}"
-        )
-    parts.teacher.recompute(config.student.checkpointing)  # only the discriminator differentiates it
-    return Adversary(
-        parts.teacher,
-        lambda: teacher_autocast(config, device),
-        settings,
-        t_max=parts.teacher.t_max,
-        seed=train.seed,
-        images=train.prompts_per_step,
-        slices=distributed.local_slices(train.prompts_per_step, train.prompts_per_rollout),
-        device=device,
-    )
