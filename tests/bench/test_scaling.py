@@ -13,7 +13,8 @@ import torch.distributed as dist
 from scripts import script
 from speed import cluster, on_ranks, scaling_model
 from speed.collectives import Collectives, Traffic, ring_bytes
-from speed.measure import flops_of, parts
+from speed.flops import count
+from speed.measure import parts
 from speed.on_ranks import Task, configuration
 from speed.scaling_model import Cluster, Ring, Work, predict, rate, traffic, unit_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -94,7 +95,7 @@ def check(counted: dict[str, Traffic], formula: dict[str, Traffic]) -> None:
 def test_the_flops_of_a_step_by_phase() -> None:
     config = configuration(TASK, 1, "ddp")
     work = scaling_model.work_of(config)
-    assert work.flops == flops_of(config)
+    assert work.flops == count(config)
     assert min(work.rollout, work.forward, work.backward) > 0
 
 

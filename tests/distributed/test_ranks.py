@@ -203,7 +203,7 @@ def preview_between(out: Path) -> None:
         if looks:
             sampler = Mock(latents=partial(asked, trainer))
             of = {"parts": trainer.parts, "wrapped": trainer.wrapped, "ema": trainer.ema}
-            Previewer._latents(Mock(**of, student=sampler, prompts=["red cat"]))
+            Previewer._latents(Mock(**of, student=sampler, prompts=["red cat"], steps=(1, 2)))
         trainer.train_step()
         weights.append(whole(trainer.student.state_dict()))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
