@@ -63,4 +63,5 @@ def test_the_number_of_ranks_changes_nothing(name: str, mode: str, home: Path) -
     for expected, got in zip(one, two, strict=True):
         assert expected.keys() == got.keys()
         for key in expected:
-            torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=2e-6, msg=key)
+            # Of a gradient near zero AdamW makes a tenth of a step out of rounding; a wrong one is a whole step, 1e-4.
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
