@@ -63,15 +63,15 @@ def plan(out: Path, *, rehearse: bool) -> list[Step]:
         return ("--arms", *([name for name in names if name in known] or ["dual"] if rehearse else names))
 
     checks = ("methods", "operators", "--dtypes", "bf16") if rehearse else ()
-    add("checks", "kernels, graphs, fused updates and steps against references", 90, "checks.py", *checks, *here)
+    add("checks", "kernels, graphs, fused updates and steps against references", 120, "checks.py", *checks, *here)
     add("fast", "the fastest step", 100, "step.py", *arms("fast"), *few, *here)
     add("lean", "the leanest step", 90, "step.py", *arms("lean"), *few, *here)
     add("published", "our re-implementation of the published step", 70, "step.py", *arms("published"), *few, *here)
     add("profile", "where the time of the fastest step goes", 50, "timeline.py", *arms("fast"), *here)
-    operators = ("--repeats", "2", "--samples", "1", "--models", "600m") if rehearse else ("--quick",)
+    operators = ("--repeats", "2", "--samples", "1", "--models", "sana-600m") if rehearse else ("--quick",)
     device = ("--device", "cpu") if rehearse else ()
     some = ("--operators", "norm_modulate", "--ways", "eager") if rehearse else ("--ways", "kernel", "eager")
-    add("kernels", "each fused operator against plain PyTorch", 60, "kernels.py", *operators, *some, *device)
+    add("kernels", "each fused operator against plain PyTorch", 80, "kernels.py", *operators, *some, *device)
     add(
         "updates",
         "optimizer steps, fused and plain",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tbcm_kernels.catalog import SANA
 from tbcm_kernels.registry import OPERATORS
 
 from tbcm.config import Config, parse_config
@@ -75,11 +76,12 @@ ARMS = {
         ),
     )
 }
+IN_SANA = [name for name, operator in OPERATORS.items() if set(SANA) & set(operator.models)]
 KERNELS = {
     arm.name: arm
     for arm in (
         Arm("no_kernels", "PyTorch's operators for all fused ones", {}, "fast", tuple(OPERATORS)),
-        *(Arm(f"without_{name}", f"PyTorch's operators for {name}", {}, "fast", (name,)) for name in OPERATORS),
+        *(Arm(f"without_{name}", f"PyTorch's operators for {name}", {}, "fast", (name,)) for name in IN_SANA),
     )
 }
 """What the fused operators give, all and each."""

@@ -1,7 +1,7 @@
-"""Time of each fused operator against the same in plain PyTorch, eager and compiled, over Sana's real shapes.
+"""Time of each fused operator against the same in plain PyTorch, eager and compiled, at its models' sizes.
 
     python bench/kernels.py                                   # on a GPU: everything, some minutes
-    python bench/kernels.py --operators norm_modulate --models 600m --pixels 1024 --samples 15
+    python bench/kernels.py --operators norm_modulate --models sana-600m --pixels 1024 --samples 15
 
 Bandwidth counts each tensor that must be read or written once. `of copy` is the time of a copy that moves as many
 bytes, in the same harness, over the operator's own. Without a GPU there is no kernel to time, and PyTorch's two ways
@@ -22,7 +22,7 @@ import torch
 from rows import RESULTS, append, table
 from tbcm_kernels import dispatch
 from tbcm_kernels.ahead import tensors
-from tbcm_kernels.catalog import Cost, Operator, Size, sana
+from tbcm_kernels.catalog import JOINT, SANA, Cost, Operator, Size, size_of
 from tbcm_kernels.registry import OPERATORS
 from torch import Tensor
 from tqdm import tqdm
@@ -69,7 +69,7 @@ class Case:
     @property
     def size(self) -> Size:
         prompts, points = max(1, self.samples // POINTS), min(self.samples, POINTS)
-        return sana(self.model, prompts, points, self.pixels)
+        return size_of(self.model, prompts, points, self.pixels)
 
     def row(self) -> Row:
         return {
@@ -83,9 +83,11 @@ class Case:
 
 
 def cases(names: list[str], models: list[str], pixels: list[int], samples: list[int]) -> Iterator[Case]:
-    """A dual operator's backward pass is the plain one's."""
+    """Of each operator in those of the models that have it. A dual operator's backward pass is the plain one's."""
     for name, model, px, count in product(names, models, pixels, samples):
         operator = OPERATORS[name]
+        if model not in operator.models:
+            continue
         yield Case(operator, model, px, count, tangents=False, backward=False)
         if operator.has_tangents:
             yield Case(operator, model, px, count, tangents=True, backward=False)
@@ -172,13 +174,13 @@ def main() -> None:
         prog="python bench/kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--operators", nargs="+", choices=list(OPERATORS), default=list(OPERATORS), metavar="NAME")
-    parser.add_argument("--models", nargs="+", choices=["600m", "1600m"], default=["600m", "1600m"])
+    parser.add_argument("--models", nargs="+", choices=[*SANA, *JOINT], default=[*SANA, *JOINT])
     parser.add_argument("--pixels", nargs="+", type=int, choices=[512, 1024], default=[512, 1024])
     parser.add_argument("--samples", nargs="+", type=int, default=[15, 60, 120], help="1 to 15, or a multiple of 15")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all that there are here")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--quick", action="store_true", help="the 0.6B model at 1024 px, 15 samples, 20 repeats")
+    parser.add_argument("--quick", action="store_true", help="all but Sana-1.6B, at 1024 px, 15 samples, 20 repeats")
     parser.add_argument("--out", type=path_argument, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
     if wrong := [n for n in options.samples if n < 1 or (n > POINTS and n % POINTS)]:
@@ -189,13 +191,16 @@ def main() -> None:
     if device.type == "cuda" and dispatch.mode() == "off":
         raise UserError("the environment has TBCM_KERNELS=off: unset it, there would be nothing to time")
     if options.quick:
-        options.models, options.pixels, options.samples, options.repeats = ["600m"], [1024], [15], 20
+        options.models = [*SANA[:1], *JOINT]
+        options.pixels, options.samples, options.repeats = [1024], [15], 20
     if device.type == "cpu":
         options.pixels = [128]
     dtype, clock = dtype_of("auto", device), Clock(device, options.repeats)
     rate = matmul_rate(dtype, device)
     rows: list[Row] = []
     todo = list(cases(options.operators, options.models, options.pixels, options.samples))
+    if not todo:
+        raise UserError(f"--models {' '.join(options.models)}: {' and '.join(options.operators)} is of other models")
     for case in tqdm(todo, desc=f"operators on {device.type}", unit="case", disable=None):
         with clock.on_a_stream(), freed(device):
             rows += [

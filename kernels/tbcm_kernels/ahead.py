@@ -15,11 +15,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tbcm_kernels.catalog import Operator, Size, sana
+from tbcm_kernels.catalog import JOINT, SANA, Operator, Size, size_of
 from tbcm_kernels.launch import Compiled, compile_ahead
 from tbcm_kernels.registry import OPERATORS
 
-SIZES = {"sana-600m": sana("600m", points=2), "sana-1600m": sana("1600m", points=2)}
+SIZES = {name: size_of(name, points=2) for name in (*SANA, *JOINT)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -58,13 +58,15 @@ def main() -> int:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: kernels that are interpreted cannot be compiled; unset it")
-    print(f"{'operator':24} {'kernel':36} {'model':11} {'dtype':5} arch  shared KiB  cubin KiB")
+    print(f"{'operator':24} {'kernel':36} {'model':11} {'dtype':5} arch  shared KiB  cubin KiB  registers  spilled")
     for name, model, dtype in product(options.operator, options.model, options.dtype):
         operator, seen = OPERATORS[name], set[Compiled]()
+        if model not in operator.models:
+            continue
         for tangents in (False, True)[: 1 + operator.has_tangents]:
             seen.update(compile_operator(operator, SIZES[model], DTYPES[dtype], options.arch, tangents=tangents))
         for made in sorted(seen, key=lambda made: (made.arch, made.kernel, made.shared)):
-            sizes = f"{made.shared / 1024:10.1f} {made.cubin / 1024:10.1f}"
+            sizes = f"{made.shared / 1024:10.1f} {made.cubin / 1024:10.1f} {made.registers:10} {made.spilled:8}"
             print(f"{name:24} {made.kernel:36} {model:11} {dtype:5} {made.arch:4}  {sizes}")
     return 0
 

@@ -46,10 +46,22 @@ class Size:
         return self.rows * self.columns
 
 
-def sana(model: str, prompts: int = 1, points: int = 15, pixels: int = 1024) -> Size:
-    """Sizes in Sana: `model` "600m" or "1600m", images of `pixels` squared (tokens are 32 x 32 pixels)."""
-    dim, heads, cross_heads = {"600m": (1152, 36, 16), "1600m": (2240, 70, 20)}[model]
-    return Size(prompts, points, pixels // 32, pixels // 32, dim, heads, cross_heads, hidden=dim * 5 // 2)
+_MODELS = {
+    "sana-600m": (32, 1152, 36, 16, 300),
+    "sana-1600m": (32, 2240, 70, 20, 300),
+    "sd3": (16, 1536, 24, 24, 333),
+    "flux": (16, 3072, 24, 24, 512),
+}
+"""Pixels along a token's side, width, heads of attention to the image and to text, tokens of text."""
+SANA, JOINT = ("sana-600m", "sana-1600m"), ("sd3", "flux")
+"""Sana, whose attention to the image is linear; Stable Diffusion 3 (medium) and FLUX, with heads of 64 and 128."""
+
+
+def size_of(model: str, prompts: int = 1, points: int = 15, pixels: int = 1024) -> Size:
+    """Sizes in one of SANA or JOINT, of images of `pixels` squared."""
+    side, dim, heads, cross_heads, text = _MODELS[model]
+    tokens = pixels // side
+    return Size(prompts, points, tokens, tokens, dim, heads, cross_heads, hidden=dim * 5 // 2, text=text)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Operator:
 
     `run(*arguments)` dispatches, `reference(*arguments)` is plain PyTorch; `inputs(size, dtype, device, tangents)` are
     random arguments (leaves require gradients where training asks for them), `cost(*arguments)` and
-    `backward_cost(*arguments)` count what they must do at least (backward: None where there is none).
+    `backward_cost(*arguments)` count what they must do at least (backward: None where there is none). `models` have it.
     """
 
     name: str
@@ -68,6 +80,7 @@ class Operator:
     cost: Callable[..., Cost]
     backward_cost: Callable[..., Cost] | None
     has_tangents: bool = True
+    models: tuple[str, ...] = SANA
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -26,18 +26,8 @@ from torch.nn import functional
 
 from tbcm_kernels import dispatch
 from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
-from tbcm_kernels.cross_attention_backward import (
-    cross_attention_backward,
-    head_constants,
-    inner,
-    is_half,
-    load_head,
-    outer,
-    queries_per_prompt,
-    store_head,
-    with_rows,
-    zero_head,
-)
+from tbcm_kernels.cross_attention_backward import cross_attention_backward, head_constants, queries_per_prompt
+from tbcm_kernels.heads import inner, is_half, load_head, outer, store_head, with_rows, zero_head
 from tbcm_kernels.launch import jit, launch, tl, triton
 
 _LARGEST_HEAD = 128

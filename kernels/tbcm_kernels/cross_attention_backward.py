@@ -1,4 +1,4 @@
-"""Gradients of `cross_attention`, and what its kernels share: how they cut up a head, and their matrix products.
+"""Gradients of `cross_attention`, and what its kernels share.
 
 With weights p = exp(s - m) / l, recomputed from the scores s and each query's greatest score m and sum l, and with a
 gradient g of the output:
@@ -11,131 +11,36 @@ and its queries many: the second splits the queries between programs, whose part
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbcm_kernels import dispatch
-from tbcm_kernels.launch import jit, launch, tl, triton, wide
+from tbcm_kernels.heads import Head, inner, is_half, load_head, outer, product_types, store_head, with_rows, zero_head
+from tbcm_kernels.launch import jit, launch, tl, triton
 
 _PROGRAMS = 512  # of the kernel over the keys: some for each multiprocessor of a large GPU
 _FEWEST_QUERIES = 512  # that are worth a program there, as each reads and writes its partial sums
 
 
-class Head(NamedTuple):
-    """How kernels cut up a head of `dim` columns: into `main` columns, a power of two, and `rest` more, the last of
-    which may be masked. 72 becomes 64 + 16, a third less work than 128. In fp32 no part is wider than 64, as products
-    of fp32 keep their operands in registers."""
-
-    dim: int
-    main: int
-    rest: int
-
-    @classmethod
-    def of(cls, dim: int, dtype: torch.dtype) -> Head:
-        whole = max(16, triton.next_power_of_2(dim))
-        rest = max(16, triton.next_power_of_2(max(dim - whole // 2, 1)))
-        if whole // 2 + rest < whole or (whole > 64 and not is_half(dtype)):
-            return cls(dim, whole // 2, rest)
-        return cls(dim, whole, 0)
-
-
-def is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 def head_constants(key: Tensor, value: Tensor, heads: int) -> dict[str, Any]:
     """The compile-time arguments that all kernels take.
 
-    Products are taken in `value`'s dtype, as autocast would: behind a normalisation queries and keys are fp32. In the
-    interpreter, whose half-precision products are wrong, they are wide.
+    Products are taken in `value`'s dtype, as autocast would: behind a normalisation queries and keys are fp32.
     """
     head = Head.of(key.shape[-1] // heads, value.dtype)
-    interpreted = dispatch.mode() == "interpret"
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     return {
         "HEADS": heads,
         "DIM": head.dim,
         "MAIN": head.main,
         "REST": head.rest,
         "SCALE": head.dim**-0.5,
-        "WIDE": wide(value.dtype),
-        "DOT": wide(value.dtype) if interpreted else types[value.dtype],
+        **product_types(value.dtype),
     }
 
 
 def queries_per_prompt(query: Tensor, key: Tensor) -> int:
     return query.shape[0] * query.shape[1] // max(key.shape[0], 1)
-
-
-def with_rows(x: Tensor) -> Tensor:
-    """x, or a copy of it whose rows are contiguous as kernels take them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@jit
-def _columns(width, count, BLOCK: tl.constexpr, OFFSET: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr):
-    """Offsets and mask of [BLOCK, SIZE] columns from OFFSET of rows `width` apart: no more than `count` rows, and DIM
-    columns."""
-    rows = tl.arange(0, BLOCK)[:, None]
-    columns = OFFSET + tl.arange(0, SIZE)[None, :]
-    mask = rows < count
-    if OFFSET + SIZE > DIM:
-        mask = mask & (columns < DIM)
-    return rows * width + columns, mask
-
-
-@jit
-def load_head(base, width, count, BLOCK: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-              DTYPE: tl.constexpr):  # fmt: skip
-    """Both parts of BLOCK rows of a head (where there is no rest: the main part twice), zero outside."""
-    offsets, mask = _columns(width, count, BLOCK, 0, MAIN, DIM)
-    main = tl.load(base + offsets, mask=mask, other=0.0).to(DTYPE)
-    rest = main
-    if REST > 0:
-        offsets, mask = _columns(width, count, BLOCK, MAIN, REST, DIM)
-        rest = tl.load(base + offsets, mask=mask, other=0.0).to(DTYPE)
-    return main, rest
-
-
-@jit
-def store_head(base, width, count, main, rest, BLOCK: tl.constexpr, DIM: tl.constexpr, MAIN: tl.constexpr,
-               REST: tl.constexpr):  # fmt: skip
-    """The reverse of `load_head`."""
-    offsets, mask = _columns(width, count, BLOCK, 0, MAIN, DIM)
-    tl.store(base + offsets, main, mask=mask)
-    if REST > 0:
-        offsets, mask = _columns(width, count, BLOCK, MAIN, REST, DIM)
-        tl.store(base + offsets, rest, mask=mask)
-
-
-@jit
-def zero_head(BLOCK: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr):
-    """Sums for both parts."""
-    main = tl.zeros([BLOCK, MAIN], WIDE)
-    rest = main
-    if REST > 0:
-        rest = tl.zeros([BLOCK, REST], WIDE)
-    return main, rest
-
-
-@jit
-def inner(a, a_rest, b, b_rest, REST: tl.constexpr, WIDE: tl.constexpr):
-    """a b^T: a sum over both parts."""
-    out = tl.dot(a, tl.trans(b), out_dtype=WIDE, input_precision="ieee")
-    if REST > 0:
-        out = tl.dot(a_rest, tl.trans(b_rest), out, out_dtype=WIDE, input_precision="ieee")
-    return out
-
-
-@jit
-def outer(weights, x, x_rest, main, rest, REST: tl.constexpr, WIDE: tl.constexpr):
-    """Sums plus `weights` x, in both parts."""
-    main = tl.dot(weights, x, main, out_dtype=WIDE, input_precision="ieee")
-    if REST > 0:
-        rest = tl.dot(weights, x_rest, rest, out_dtype=WIDE, input_precision="ieee")
-    return main, rest
 
 
 @jit

@@ -87,14 +87,15 @@ def mode() -> Mode:
     return _mode
 
 
-def fused(operator: str, *tensors: Tensor | None, unsupported: str | None = None) -> bool:
+def fused(operator: str, *tensors: Tensor | None, unsupported: str | None = None, in_jvp: bool = False) -> bool:
     """Whether `operator` runs its kernel on these tensors (None: one that is not given).
 
     `unsupported`: what the kernel cannot do of that which is asked. Under forward-mode differentiation by PyTorch
-    (torch.func.jvp) the answer is no: a custom operator's tangent would be zero there, silently.
+    (torch.func.jvp) the answer is no: a custom operator's tangent would be zero there, silently. But for one that is
+    made to be called `in_jvp`, with values and tangents taken apart.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if _mode == "off" or not HAS_TRITON or operator in _without or forward_ad._current_level >= 0:
+    if _mode == "off" or not HAS_TRITON or operator in _without or (forward_ad._current_level >= 0 and not in_jvp):
         return False
     if _mode == "on" and not all(tensor.is_cuda for tensor in given):
         return False

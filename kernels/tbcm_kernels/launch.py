@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,12 +34,15 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel made for an architecture: its cubin's size and the shared memory of a block, in bytes."""
+    """A kernel made for an architecture: its cubin's size and the shared memory of a block, in bytes; a thread's
+    registers, and the bytes of what did not fit into them and is kept in memory."""
 
     kernel: str
     arch: int
     cubin: int
     shared: int
+    registers: int
+    spilled: int
 
 
 _targets: tuple[int, ...] = ()
@@ -87,7 +93,20 @@ def _compile(kernel: Any, arch: int, arguments: tuple[Any, ...], constants: dict
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constexprs, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Compiled(kernel.__name__, arch, len(made.asm["cubin"]), made.metadata.shared)
+    return Compiled(kernel.__name__, arch, len(made.asm["cubin"]), made.metadata.shared, *_resources(made.asm["cubin"]))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack of a thread, as the tool says that Triton brings along."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"{command[0]} says nothing of registers: {said}")
+    return int(found[1]), int(found[2])
 
 
 def _type(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tbcm_kernels import (
+    attention,
     consistency_loss,
     cross_attention,
     gated_residual,
@@ -26,5 +27,6 @@ OPERATORS: dict[str, Operator] = {
         glu_depthwise.OPERATOR,
         linear_attention.OPERATOR,
         cross_attention.OPERATOR,
+        attention.OPERATOR,
     )
 }

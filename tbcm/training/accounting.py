@@ -79,13 +79,6 @@ _NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", 
 """PyTorch's own, in which an operator without a formula is known by its name."""
 
 
-_OURS: dict[str, Callable[..., int]] = {
-    "attention": lambda q, dq, k, dk, v, dv, bias, scale: 3 * _attention(q, k, v),  # each product and its tangent's two
-    "attention_backward": lambda grad, q, k, v, bias, scale: _attention_backward(grad, q, k, v),
-}
-"""Operators that a network calls whatever TBCM_KERNELS says."""
-
-
 def flops_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """2 per multiply-add of one operator's call that returned `out`; 0 for what multiplies no matrices."""
     packet = func._overloadpacket
@@ -127,10 +120,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> int:
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
     """The scores once more, then gradients of scores, values, queries and keys: three products over the width of the
     keys, two over that of the values."""
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _dual_attention(
+    q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, *_: object
+) -> int:
+    """With a tangent each product has one more for each factor that has one; the scores' has if `dq` is given."""
+    scores, values = (1 + (dq is not None) + (dx is not None) for dx in (dk, dv))
+    return 2 * q.shape[:-1].numel() * k.shape[-2] * (scores * q.shape[-1] + values * v.shape[-1])
+
+
+_OURS: dict[str, Callable[..., int]] = {
+    f"{way}attention{of}": formula
+    for way in ("", "fused_")
+    for of, formula in (("", _dual_attention), ("_backward", _attention_backward))
+}
+"""Operators that a network calls whatever TBCM_KERNELS says: attention with a tangent, in both its ways."""
 
 
 def _convolution(x: Tensor, weight: Tensor, out: Tensor, *, transposed: bool) -> int:

@@ -1,4 +1,4 @@
-"""Attention with a tangent against the formula in fp64, and what it keeps."""
+"""Attention with a tangent in PyTorch's operators against the formula in fp64, and what it keeps."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def test_a_tangent_that_is_not_given_is_zero() -> None:
     zeros = [torch.zeros_like(x) for x in values[1:]]
     explicit = attention((values[0], tangents[0]), (values[1], zeros[0]), (values[2], zeros[1]), None, 0.5)
     torch.testing.assert_close(given[1], explicit[1], rtol=0, atol=0)
-    with pytest.raises(ValueError, match="without a tangent"):
-        attention(*((x, None) for x in values), None, 0.5)  # type: ignore[arg-type]
+    q, k, v = ((x, None) for x in values)
+    plain, none = attention(q, k, v, None, 0.5)
+    assert none is None
+    torch.testing.assert_close(plain, given[0], rtol=0, atol=1e-12)
 
 
 def test_nothing_is_kept_for_backward_but_what_went_in() -> None:
@@ -72,6 +74,20 @@ def test_nothing_is_kept_for_backward_but_what_went_in() -> None:
         attention(*zip(values, tangents, strict=True), bias, 0.5)
     assert bias is not None
     assert sum(x.numel() for x in kept) == sum(x.numel() for x in (*values, bias))
+
+
+def test_the_graph_of_a_tangent_ends_here() -> None:
+    """Backward is for the value: what made the tangents is not kept for it."""
+    values, tangents, _ = case(SHAPES[0], "none")
+    moved = [d * x for x, d in zip(values, tangents, strict=True)]
+    out, _ = attention(*zip(values, moved, strict=True), None, 0.5)
+    reached, todo = set[object](), [out.grad_fn]
+    while todo:
+        if (node := todo.pop()) is not None:
+            reached.add(node)
+            todo += [after for after, _ in node.next_functions]
+    assert len(reached) == 1 + 3, "of attention itself and of the three leaves"
+    assert not reached & {d.grad_fn for d in moved}
 
 
 def test_half_precision_and_the_compiler() -> None:

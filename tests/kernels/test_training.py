@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from families.test_students import prepared
 from helpers import random_condition, tiny_sana
 from speed import arms
-from tbcm_kernels import dispatch
+from tbcm_kernels import attention_forward, dispatch
+from tbcm_kernels.launch import launch
 from torch import Tensor
 
 from tbcm.method.types import Condition
@@ -82,3 +84,30 @@ def test_a_compiled_block_runs_them_too(kernels: torch.device, monkeypatch: pyte
     with dispatch.using("off"):
         plain = answer(compiled=False)
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_another_family_runs_them_too(
+    kernels: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value, derivative and gradients of PixArt, whose text has a mask and no tangent, are those without kernels."""
+    dtype, tolerance = (torch.float64, 1e-9) if kernels.type == "cpu" else (torch.float32, 1e-4)
+    student, condition, u, t = prepared("pixart_alpha", dtype)
+    student, w = student.to(kernels), torch.full((2,), 4.0, dtype=dtype, device=kernels)
+    condition = Condition({name: tensor.to(kernels) for name, tensor in condition.tensors.items()}, condition.static)
+    u, t = u[:2].to(kernels), t[:2].to(kernels)
+    launched: list[object] = []
+    monkeypatch.setattr(attention_forward, "launch", lambda *given, **named: launched.append(launch(*given, **named)))
+
+    def answer() -> list[Tensor]:
+        student.zero_grad()
+        prediction = student(u, t, condition, w, (u.sin(), torch.ones_like(t)))
+        assert prediction.dF is not None
+        prediction.F.square().sum().backward()
+        return [prediction.F, prediction.dF, *(p.grad for p in student.parameters() if p.grad is not None)]
+
+    fused = answer()
+    assert launched and "no kernel" not in caplog.text
+    with dispatch.using("off"):
+        plain = answer()
+    largest = max(float(x.detach().abs().max()) for x in plain)
+    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance * largest)
