@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from tbcm.config.paths import UserData, UserFolder, UserPath
 from tbcm.config.section import NonNegativeInt, Precision, Section, Switch
+from tbcm.models.preset_files import ARCHITECTURES
+
+
+def _known_architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"one of {', '.join(ARCHITECTURES)}")
+    return name
 
 
 class Teacher(Section):
@@ -18,8 +25,10 @@ class Teacher(Section):
     variant: str | None = Field(
         None, description="of the weights' files, such as bf16; default: the plain ones, or the only ones there are"
     )
-    architecture: Literal["sana-600m", "sana-1600m", "icons", "tiny"] | None = Field(
-        None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
+    architecture: Annotated[str, AfterValidator(_known_architecture)] | None = Field(
+        None,
+        description="what --dry-run builds, with random weights, where `path` is no folder on this machine: one of "
+        + ", ".join(ARCHITECTURES),
     )
     precision: Precision = Field(
         "auto",

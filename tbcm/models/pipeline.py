@@ -86,6 +86,10 @@ class Pipeline:
         name = f"{part}/config.json"
         return check_config(self._read(name, f"no readable {name}"), facts, cls, self._named(name))
 
+    def untrained(self, part: str) -> Any:
+        """The transformer or the VAE, with the first weights of its class."""
+        return _MODELS[part][0].from_config(self.config(part))
+
     @cached_property
     def timestep_scale(self) -> float:
         """What the transformer is given at flow-matching time s, divided by s.

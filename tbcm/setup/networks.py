@@ -40,9 +40,15 @@ def pipeline_of(config: Config) -> AnyPipeline:
 
 def check_sizes(config: Config) -> None:
     """Raises UserError where the teacher makes no images of a size in `resolution`."""
-    pipeline = pipeline_of(config)
+    check_teacher(config, pipeline_of(config))
+
+
+def check_teacher(config: Config, pipeline: AnyPipeline) -> None:
+    """Raises UserError for what a configuration asks of a teacher that it cannot do."""
     for size in config.resolution:
         pipeline.check_size(size)
+    if isinstance(pipeline, FamilyPipeline) and config.teacher.fp8:
+        raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
 
 
 def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> AnyNetwork:
@@ -51,8 +57,6 @@ def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | Non
     compiled = switch(config.teacher.compile, device)
     pipeline = pipeline_of(config)
     if isinstance(pipeline, FamilyPipeline):
-        if config.teacher.fp8:
-            raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
         return with_flash_attention(config, pipeline.load_teacher(dtype, device, compiled=compiled))
     net = load_teacher(pipeline, dtype, device, compiled=compiled, text_once=config.text.once)
     return with_flash_attention(config, net)

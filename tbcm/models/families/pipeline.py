@@ -167,11 +167,17 @@ class FamilyPipeline:
 
     def load_teacher(self, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> DiffusersNetwork:
         """Frozen, with weights in `dtype`."""
-        net = DiffusersNetwork(
-            self.load_network(dtype, device), self.family, self.formulation, self.channels, compiled=compiled
-        )
+        return self.teacher_of(self.load_network(dtype, device), compiled=compiled)
+
+    def teacher_of(self, backbone: nn.Module, *, compiled: bool = False) -> DiffusersNetwork:
+        """The frozen teacher with this backbone."""
+        net = DiffusersNetwork(backbone, self.family, self.formulation, self.channels, compiled=compiled)
         net.eval().requires_grad_(False)
         return net
+
+    def untrained(self, part: str) -> Any:
+        """A component with the first weights of its class."""
+        return self._guarded(part, lambda cls: cls.from_config(self._config(part)))
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """None for a network of pixels."""
@@ -181,9 +187,8 @@ class FamilyPipeline:
         return vae.eval().requires_grad_(False)
 
     def load_text(self, dtype: torch.dtype, device: torch.device) -> RecordedConditions:
-        options = {"revision": self.revision} if self.revision else {}
         try:
-            pipe = encoders_of(self.location, self.index, self.family, dtype, device, **options)
+            pipe = encoders_of(self.location, self.index, self.family, dtype, device, **self.at_revision)
         except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: its text encoders cannot be loaded ({first_line(error)})") from None
         return RecordedConditions(pipe, self.family)
@@ -197,7 +202,12 @@ class FamilyPipeline:
         return self.codec.decode(vae, latents)
 
     def _of(self, part: str) -> dict[str, Any]:
-        return {"subfolder": part, **({"revision": self.revision} if self.revision else {})}
+        return {"subfolder": part, **self.at_revision}
+
+    @property
+    def at_revision(self) -> dict[str, str]:
+        """What tells a `from_pretrained` which version of a hub's repository is meant."""
+        return {"revision": self.revision} if self.revision else {}
 
     def _config(self, part: str) -> dict[str, Any]:
         def read(cls: Any) -> dict[str, Any]:

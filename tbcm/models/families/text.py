@@ -58,21 +58,29 @@ class RecordedConditions:
 
 
 def encoders_of(
-    location: str, index: Mapping[str, Any], family: Family, dtype: torch.dtype, device: torch.device, **options: Any
+    location: str,
+    index: Mapping[str, Any],
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    made: Mapping[str, nn.Module] | None = None,
+    **options: Any,
 ) -> Any:
     """The pipeline at `location` with all its weights but the network's and the autoencoder's, whose configurations
-    alone are read; `index` is its model_index.json, `options` go to from_pretrained."""
-    hollow = {
-        part: _hollow(location, part, index[part][1], options) for part in (family.network, "vae") if part in index
-    }
+    alone are read; `index` is its model_index.json, `made` are components that are there already, `options` go to
+    from_pretrained."""
+    given = dict(made or {})
+    for part in (family.network, "vae"):
+        if part in index:
+            given[part] = _hollow(location, part, index[part][1], options)
     cls = getattr(diffusers, index["_class_name"])
     taken = inspect.signature(cls.__init__).parameters
     left_out: dict[str, Any] = {part: None for part in UNUSED if part in taken}
     if "requires_safety_checker" in taken:
         left_out["requires_safety_checker"] = False
-    pipe = cls.from_pretrained(location, torch_dtype=dtype, **hollow, **left_out, **options)
+    pipe = cls.from_pretrained(location, torch_dtype=dtype, **given, **left_out, **options)
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name not in hollow:
+        if isinstance(part, nn.Module) and name not in given:
             part.to(device).eval().requires_grad_(False)
     return execution_on(pipe, device)
 
