@@ -43,7 +43,12 @@ def parse() -> argparse.Namespace:
         "source", type=source_argument, help="a run's folder, a diffusers pipeline (folder or hub id), or 'icons'"
     )
     parser.add_argument("--teacher", action="store_true", help="the run's teacher, or a pipeline that is one")
-    parser.add_argument("--steps", type=int, nargs="+", help="default: as few as there can be (1), or 20 for a teacher")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="default: 1, or what the method says; 20 for a teacher",
+    )
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="see below")
     parser.add_argument("--images", type=int, help="default: 2000, or as many prompts as there are")
     parser.add_argument(

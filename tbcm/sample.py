@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("prompts", nargs="+", type=text_argument, help="one image each")
     parser.add_argument("--teacher", action="store_true", help="sample the run's teacher, or a pipeline that is one")
-    parser.add_argument("--steps", type=int, help="default: as few as there can be (1), or 20 for a teacher")
+    parser.add_argument("--steps", type=int, help="default: 1, or what the method says; 20 for a teacher")
     parser.add_argument("--guidance", type=float, help="default: the middle one of those trained on")
     parser.add_argument("--size", help="HEIGHTxWIDTH, or one number for a square; default: the first trained on")
     parser.add_argument("--seed", type=int, default=0)
@@ -54,7 +54,7 @@ def main() -> None:
         device=arguments.device,
         size=size,
     )
-    steps = arguments.steps or sampler.fewest_steps
+    steps = arguments.steps or sampler.default_steps
     images = sampler(arguments.prompts, steps=steps, guidance=arguments.guidance, seed=arguments.seed)
     out: Path = arguments.out
     for i, image in enumerate(images):

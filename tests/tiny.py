@@ -59,7 +59,7 @@ def tiny_config(out: Path, **sections: Any) -> Config:
         tree["method"]["r"] = {"warmup_steps": 4, "final": 1.0, "cooldown_start": None}
     if name == "tbcm" or (name in ("lcm", "pcm") and method.get("samples") != "images"):
         tree["method"]["route"] = {"points": 4, "per_prompt": True}
-    else:
+    elif name != "dmd2" or method.get("adversary") is not None:
         tree["data"]["images"] = "unused"
     for name, update in sections.items():
         old = tree.get(name, {})

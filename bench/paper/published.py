@@ -85,10 +85,13 @@ _RIVALS = (
     Line("LCM, 4 steps", "lcm", 4),
     Line("PCM, 1 step", "pcm_1", 1, 30.11, 26.47),
     Line("PCM, 4 steps", "pcm_4", 4),
+    Line("DMD2, 1 step", "dmd2", 1, 7.10, 28.93),
+    Line("DMD2 without adversary, 1 step", "dmd2_alone"),
 )
 _OF_RIVALS = (
-    "The paper's values of LCM and PCM are those of other teachers (SDXL): they are in no order with the others."
+    "The paper's values of LCM, PCM and DMD2 are those of other teachers (SDXL): they are in no order with the others."
     " A student of PCM is sampled in as many steps as it has phases: each number of them is a training of its own."
+    " A sample of DMD2 counts once, though its second network learns from five more for each."
 )
 
 _ALL = (

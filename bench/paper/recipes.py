@@ -44,6 +44,7 @@ _PUBLISHED = {
     "icons_sprint.yaml": (*_SANA, "method.times.mean=0.2"),
     "icons_lcm.yaml": _DISCRETE,
     "icons_pcm.yaml": _DISCRETE,
+    "icons_dmd2.yaml": ("student.guidance_embeds_scale=null", "optimizer.cooldown_steps=0"),
 }
 """What all arms but the tuned ones take in the place of what configs/ has for icons, unless they change it: as
 published for Sana (guidance embedding, route, law of times), r = 1, and steps of 120 samples at one learning rate."""
@@ -100,6 +101,13 @@ ARMS = {
         Arm("lcm", "LCM on the teacher's trajectories", "icons_lcm.yaml"),
         Arm("pcm_1", "PCM of one phase, with its adversarial loss", "icons_pcm.yaml", ("method.phases=1",)),
         Arm("pcm_4", "PCM of four phases, with its adversarial loss", "icons_pcm.yaml"),
+        Arm(
+            "dmd2",
+            "DMD2 with its adversarial loss, on the real images",
+            "icons_dmd2.yaml",
+            ("method.adversary.weight=0.005", "data.images=icons"),
+        ),
+        Arm("dmd2_alone", "DMD2 without its adversarial loss, from prompts", "icons_dmd2.yaml"),
         Arm("tbcm_tuned", "TBCM as configs/icons.yaml has it", tuned=True),
         Arm("scm_tuned", "sCM as configs/icons_scm.yaml has it", "icons_scm.yaml", tuned=True),
         Arm("sprint_tuned", "Sana-Sprint as configs/icons_sprint.yaml has it", "icons_sprint.yaml", tuned=True),

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from tbcm.config.card import with_card
-from tbcm.config.methods import Discrete, Method, Tbcm
+from tbcm.config.methods import Discrete, Dmd2, Method, Tbcm
 from tbcm.config.paths import UserFolder
 from tbcm.config.resolution import Size, sizes_of
 from tbcm.config.section import Section
@@ -70,6 +70,8 @@ class Config(Section):
             )
         if self.parallel.mode == "fsdp" and self.optimizer.name == "came":
             raise ValueError("parallel.mode=fsdp needs optimizer.name=adamw: CAME takes no sharded weights")
+        if self.parallel.mode == "fsdp" and isinstance(self.method, Dmd2) and self.method.fake.optimizer == "came":
+            raise ValueError("parallel.mode=fsdp needs method.fake.optimizer=adamw: CAME takes no sharded weights")
         if self.parallel.mode == "fsdp" and isinstance(self.method, Discrete) and self.method.target_decay:
             raise ValueError(
                 f"parallel.mode=fsdp needs method.target_decay=0 (now {self.method.target_decay:g}): a target network"
@@ -92,7 +94,8 @@ class Config(Section):
 
 def _of_images(method: Any) -> str:
     """The settings by which a method learns from images."""
-    return f"method.name={method.name}" + (" with method.samples=images" if hasattr(method, "samples") else "")
+    by = {"lcm": " with method.samples=images", "pcm": " with method.samples=images", "dmd2": " with method.adversary"}
+    return f"method.name={method.name}{by.get(method.name, '')}"
 
 
 def _judged(method: Any) -> str:

@@ -54,6 +54,36 @@ class PhasedAdversary(Judge):
     weight: PositiveFloat = Field(0.1, description="of the adversarial loss beside the method's own")
 
 
+class MatchingAdversary(Judge):
+    """DMD2's."""
+
+    weight: PositiveFloat = Field(0.005, description="of the adversarial loss beside the method's own")
+
+
+class Fake(Section):
+    """DMD2's second network, which learns the distribution of the student's samples."""
+
+    updates: PositiveInt = Field(5, description="for each update of the student")
+    optimizer: Literal["adamw", "came"] = "adamw"
+    lr: PositiveFloat = 1e-5
+    clip: PositiveFloat = 1.0
+
+
+class Noise(Section):
+    """To which times DMD2 noises the student's samples, to compare distributions there: places in [low, high] among the
+    timesteps of a flow schedule, each as likely."""
+
+    low: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    high: Annotated[float, Field(gt=0, le=1)] = 0.98
+    shift: PositiveFloat = Field(3.0, description="of the timesteps, as in the teacher's flow schedule")
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"method.noise.low = {self.low:g}: should be below method.noise.high = {self.high:g}")
+        return self
+
+
 class Times(Section):
     """The baselines' times: sigma_data tan t = exp(a), a ~ N(mean, std^2)."""
 
@@ -95,6 +125,11 @@ class _Method(Section):
     def judge(self) -> Judge | None:
         """Its adversarial term, if it has one."""
         return None
+
+    @property
+    def default_steps(self) -> int:
+        """In how many the student is sampled where nothing is said."""
+        return self.jumps
 
     @property
     def jumps(self) -> int:
@@ -223,8 +258,37 @@ class Pcm(Discrete):
         return self.adversary
 
     @property
+    def default_steps(self) -> int:
+        """In how many the student is sampled where nothing is said."""
+        return self.jumps
+
+    @property
     def jumps(self) -> int:
         return self.phases
+
+
+class Dmd2(_Method):
+    """Distribution matching, on samples of the student's own."""
+
+    name: Literal["dmd2"]
+    steps: PositiveInt = Field(1, description="of sampling, for which the student is trained")
+    noise: Noise = Noise()
+    fake: Fake = Fake()
+    adversary: MatchingAdversary | None = Field(
+        None, description="its adversarial term, whose real samples are images; null: without, and without images"
+    )
+
+    @property
+    def from_images(self) -> bool:
+        return self.adversary is not None
+
+    @property
+    def judge(self) -> Judge | None:
+        return self.adversary
+
+    @property
+    def default_steps(self) -> int:
+        return self.steps
 
 
 def _name(method: Any) -> Any:
@@ -237,7 +301,8 @@ Method = Annotated[
     | Annotated[Scm, Tag("scm")]
     | Annotated[Sprint, Tag("sprint")]
     | Annotated[Lcm, Tag("lcm")]
-    | Annotated[Pcm, Tag("pcm")],
+    | Annotated[Pcm, Tag("pcm")]
+    | Annotated[Dmd2, Tag("dmd2")],
     Discriminator(_name),
 ]
 Rolled = Tbcm | Lcm | Pcm
@@ -246,7 +311,7 @@ Noised = Scm | Sprint | Lcm | Pcm
 """Of which images are noised."""
 
 
-def trajectories_of(method: Tbcm | Scm | Sprint | Lcm | Pcm) -> Rolled:
+def trajectories_of(method: Tbcm | Scm | Sprint | Lcm | Pcm | Dmd2) -> Rolled:
     """How trajectories are rolled out for a run of this method: as TBCM does it by default, if its own makes none."""
     if isinstance(method, Rolled):
         return method

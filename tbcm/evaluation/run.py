@@ -41,7 +41,7 @@ class Options:
     source: str
     out: Path
     cache: Path
-    steps: list[int]  # none: as few as there can be
+    steps: list[int]  # none: the default
     teacher: bool = False
     average: bool = True
     agree_with: str | None = None
@@ -82,7 +82,7 @@ def evaluate(options: Options, device: torch.device) -> dict[str, Any]:
         batch=options.batch,
     )
     sampler = candidates.student.sampler
-    config, options = sampler.config, replace(options, steps=options.steps or [sampler.fewest_steps])
+    config, options = sampler.config, replace(options, steps=options.steps or [sampler.default_steps])
     reference = None if options.reference is None else open_reference(options.reference)
     icons = candidates.icons and options.prompts is None and reference is None
     metrics = _metrics(options, icons, reference, candidates.teacher is not None)

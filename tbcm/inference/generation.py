@@ -82,9 +82,9 @@ class Sampler:
         return self.decode(self.latents(prompts, steps=steps, guidance=guidance, seed=seed, first=first))
 
     @property
-    def fewest_steps(self) -> int:
-        """In how few steps images are made, if nothing is said; of a teacher, whose few steps show nothing, 20."""
-        return TEACHER_STEPS if self.teacher else self.config.method.jumps
+    def default_steps(self) -> int:
+        """In how many steps images are made if nothing is said: 20 of a teacher, whose few steps show nothing."""
+        return TEACHER_STEPS if self.teacher else self.config.method.default_steps
 
     @torch.no_grad()
     def latents(

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from tbcm.training.methods.method import Beside
 from tbcm.training.trainer import Trainer
 
-SHARDED = "student", "gradients", "optimizer", "average"
+SHARDED = "student", "gradients", "optimizer", "average", "fake", "fake's gradients", "fake's optimizer"
 """What FSDP divides among ranks."""
 
 
 def holdings(trainer: Trainer) -> dict[str, int]:
     """Bytes of the frozen networks (teacher, text encoder, VAE), of the student but for what it shares with the
-    teacher, and of what belongs to its trained weights; of what a method holds beside, each with its gradients and its
-    optimiser's state."""
+    teacher, and of what belongs to its trained weights; and the same of what a method holds beside."""
     shared = {id(tensor) for tensor in tensors(trainer.teacher)}
     return {
         "teacher": _bytes(tensors(trainer.teacher)),
@@ -27,14 +26,19 @@ def holdings(trainer: Trainer) -> dict[str, int]:
         "gradients": _bytes(trainer.parameters),
         "optimizer": _of_optimizer(trainer.optimizer),
         "average": _bytes(trainer.ema.shadow.values()),
-        **{name: _of_beside(each, shared) for name, each in trainer.method.beside.items()},
+        **_of_all(trainer.method.beside, shared),
     }
 
 
-def _of_beside(each: Beside, shared: Container[int]) -> int:
-    """Its weights and buffers and, if it is trained, its gradients and its optimiser's state."""
-    trains = 0 if each.optimizer is None else _bytes(trained(each.net)) + _of_optimizer(each.optimizer)
-    return _own(each.net, shared) + trains
+def _of_all(beside: Mapping[str, Beside], shared: Container[int]) -> dict[str, int]:
+    """Of each its weights and buffers and, if it is trained, its gradients and its optimiser's state."""
+    found = {}
+    for name, each in beside.items():
+        found[name] = _own(each.net, shared)
+        if each.optimizer is not None:
+            found[f"{name}'s gradients"] = _bytes(trained(each.net))
+            found[f"{name}'s optimizer"] = _of_optimizer(each.optimizer)
+    return found
 
 
 def _own(net: nn.Module, shared: Container[int]) -> int:
@@ -50,7 +54,7 @@ def _of_optimizer(optimizer: torch.optim.Optimizer) -> int:
 def on_a_rank(whole: Mapping[str, int], shard: int, *, accumulates: bool) -> dict[str, int]:
     """Of `holdings`, a rank's share where `shard` ranks divide a student. Gradients stay whole in a step of several
     micro-batches: they are exchanged after the last."""
-    kept_whole = ("gradients",) if accumulates else ()
+    kept_whole = ("gradients", "fake's gradients") if accumulates else ()
     return {
         name: -(-size // shard) if name in SHARDED and name not in kept_whole else size for name, size in whole.items()
     }

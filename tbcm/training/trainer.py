@@ -129,7 +129,9 @@ class Trainer:
         self.update.step(finite)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.guard.update(self.method.update(finite), loss)
+        made, shares = self.method.update(finite)
+        self.statistics.add_shares(shares)
+        self.guard.update(made, loss)
 
     def _accumulate(self, index: int, batch: Batch, stop: Callable[[], bool]) -> Tensor | None:
         """Adds the gradient of the step's `index`-th batch, term by term. Returns its part of the loss, or None if told

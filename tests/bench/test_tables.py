@@ -61,12 +61,12 @@ def runs_of_tables(*numbers: int, seeds: range = range(2), folder: Path = Path("
 def test_arms_that_tables_share_are_one_run() -> None:
     names = {number: {run.name for run in runs_of_tables(number)} for number in published.TABLES}
     together = runs_of_tables(2, 4, 5, 6, 7)
-    assert len({run.recipe for run in together}) == 23  # 21 trainings, the teacher, the untrained student
-    assert len(together) == 2 * 23 < sum(map(len, names.values()))
+    assert len({run.recipe for run in together}) == 25  # 23 trainings, the teacher, the untrained student
+    assert len(together) == 2 * 25 < sum(map(len, names.values()))
     (shared,) = [run for run in together if run.seed == 1 and run.recipe == recipe("tbcm")]
     assert shared.tables == (2, 4, 5, 6, 7) and shared.samplings == (1, 2, 4)
     assert recipe("tbcm") == recipe("points_16") == recipe("route_reference") == recipe("r_1")
-    assert [run.seed for run in together] == [0] * 23 + [1] * 23  # a whole seed first: pairs come early
+    assert [run.seed for run in together] == [0] * 25 + [1] * 25  # a whole seed first: pairs come early
 
 
 def recipe(arm: str, budget: int = BUDGET) -> str:
@@ -248,6 +248,7 @@ def test_the_gap_that_is_closed(tmp_path: Path) -> None:
         for steps in ("1 step", "2 steps", "4 steps")
         if (method, steps) != ("PCM", "2 steps")
     ]
+    methods += ["DMD2, 1 step", "DMD2 without adversary, 1 step"]
     assert sorted(row.split(" | ")[0].removeprefix("| ") for row in rows) == sorted(methods)
     assert all("90.0%" in row for row in rows if "TBCM, 1" in row)
 

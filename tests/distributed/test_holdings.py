@@ -93,6 +93,25 @@ def test_a_dry_run_accounts_for_what_is_held(tmp_path: Path, lora: dict[str, int
     assert ("(LoRA of rank 2)" in report(trainer, 1, 1, 0)["student"]) == (lora is not None)
 
 
+@pytest.mark.parametrize("method", ["lcm", "pcm", "dmd2"])
+def test_what_a_method_holds_beside_is_told(tmp_path: Path, method: str) -> None:
+    """Live tensors, as above; and a step of it can be accounted."""
+    settings = {"name": method} | ({} if method == "lcm" else {"adversary": {}})
+    sections = {"teacher": {"architecture": "tiny"}, "data": {"latents": "unused", "images": None}, "method": settings}
+    if method != "dmd2":
+        sections["data"], sections["text"] = {}, {"cache": "unused"}
+    config, device = tiny_config(tmp_path, **sections), torch.device("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+        trainer = Trainer(config, device, random_parts(config, device))
+        gc.collect()
+        held = holdings(trainer)
+        gradients = sum(size for name, size in held.items() if name.endswith("gradients"))
+        assert counter.live == pytest.approx(sum(held.values()) - gradients, abs=20_000)
+        before = counter.flops
+        trainer.train_step()
+    assert counter.flops > before and held.get("target" if method == "lcm" else "discriminator", 0) > 0
+
+
 def test_a_discriminator_is_told_with_what_belongs_to_its_weights(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, method={"name": "sprint"})
     trainer = Trainer(config, torch.device("cpu"), tiny_parts(config))
@@ -100,4 +119,6 @@ def test_a_discriminator_is_told_with_what_belongs_to_its_weights(tmp_path: Path
     heads = trainer.method.adversary.heads
     weights, gradients = size([*heads.parameters(), *heads.buffers()]), size(heads.parameters())
     state = trainer.method.adversary.optimizer.state.values()
-    assert holdings(trainer)["discriminator"] == weights + gradients + size(v for one in state for v in one.values())
+    held = holdings(trainer)
+    assert (held["discriminator"], held["discriminator's gradients"]) == (weights, gradients)
+    assert held["discriminator's optimizer"] == size(v for one in state for v in one.values())

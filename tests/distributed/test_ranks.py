@@ -125,6 +125,24 @@ def test_nor_with_an_adversary_that_sees_points_of_trajectories(tmp_path: Path) 
                 torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
 
 
+DMD2: Sections = {"method": {"name": "dmd2", "steps": 2, "fake": {"updates": 2, "lr": 1e-4}, "adversary": {"lr": 1e-4}}}
+
+
+def test_nor_with_a_network_that_follows_the_student(tmp_path: Path) -> None:
+    """Which is replicated or sharded as the student is, and updated several times a step."""
+    train({tmp_path / "single": DMD2})
+    ways = {
+        "ddp": DMD2 | {"train": {"prompts_per_rollout": 1}},
+        "fsdp": DMD2 | FSDP | {"train": {"prompts_per_rollout": 1}},
+    }
+    on_ranks(2, train, {tmp_path / name: sections for name, sections in ways.items()})
+    for name in ways:
+        assert_same_run(tmp_path / "single", tmp_path / name)
+        for a, b in zip(metrics(tmp_path / "single"), metrics(tmp_path / name), strict=True):
+            for key in (*FIGURES, "fake_loss"):
+                torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-5)
+
+
 LCM: Sections = {"method": {"name": "lcm", "target_decay": 0.5}}
 LCM_OF_ITSELF: Sections = {"method": {"name": "lcm", "target_decay": 0}}
 

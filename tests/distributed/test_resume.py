@@ -45,8 +45,9 @@ def stop_after(trainer: Trainer, step: int) -> None:
         {"method": {"name": "sprint"}},
         {"method": {"name": "lcm", "target_decay": 0.5}},
         {"method": {"name": "pcm", "phases": 2, "target_decay": 0.5, "adversary": {"lr": 1e-3}}},
+        {"method": {"name": "dmd2", "steps": 2, "fake": {"updates": 2, "lr": 1e-3}}},
     ],
-    ids=["adamw", "came", "sprint", "lcm", "pcm"],
+    ids=["adamw", "came", "sprint", "lcm", "pcm", "dmd2"],
 )
 def test_resumed_after_any_step_it_is_the_same_run(tmp_path: Path, kind: Sections) -> None:
     # Rows are means of two steps: those of a run stopped between two must have been kept.

@@ -180,6 +180,22 @@ def test_lcm(name: str, tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in (*mine.values(), *target.values()))
 
 
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_dmd2(name: str, tmp_path: Path) -> None:
+    """Its fake network is one of its own."""
+    written(name, tmp_path)
+    tree = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    tree["method"] = {"name": "dmd2", "guidance": [2.0, 4.0], "steps": 2, "fake": {"lr": 1e-3, "updates": 2}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "c.yaml")
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    fake = trainer.method.beside["fake"].net
+    before = {key: value.clone() for key, value in fake.state_dict().items()}
+    assert_moves(trainer)
+    moved = [key for key, value in fake.state_dict().items() if not torch.equal(value, before[key])]
+    assert len(moved) > len(before) / 2 and all(value.isfinite().all() for value in fake.state_dict().values())
+
+
 def assert_moves(trainer: Trainer) -> None:
     before = weights(trainer)
     for _ in range(3):

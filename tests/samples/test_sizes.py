@@ -129,7 +129,7 @@ def test_the_brightness_filter_compares_with_black_of_the_same_size(tmp_path: Pa
             assert batch.keep.tolist() == [False] + [True] * (len(batch.keep) - 1)
 
 
-@pytest.mark.parametrize("method", ["tbcm", "scm", "sprint"])
+@pytest.mark.parametrize("method", ["tbcm", "scm", "sprint", "dmd2"])
 def test_a_run_over_three_sizes_resumes_bit_for_bit(tmp_path: Path, method: str) -> None:
     train = {"steps": 6, "prompts_per_step": 4, "overlap_rollout": True, "seed": 1}
     settings = {"method": {"name": method}, "train": train}

@@ -157,18 +157,21 @@ def test_a_student_learns_the_teachers_ode(tmp_path: Path) -> None:
     assert rows[-1]["error"] < rows[0]["error"] and {"r", "g_norm", "logvar", "logvar_by_t/0"}.isdisjoint(rows[0])
 
 
+@pytest.mark.parametrize("decay", [0.95, 0.0])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_steps_move_student_and_target(tmp_path: Path, precision: str) -> None:
-    config = tiny_config(tmp_path, method={"name": "lcm"}, student={"precision": precision})
+def test_half_precision_steps_move_student_and_target(tmp_path: Path, precision: str, decay: float) -> None:
+    """Also where the student itself, asked without a graph, is the target: weights are cast for both."""
+    config = tiny_config(tmp_path, method={"name": "lcm", "target_decay": decay}, student={"precision": precision})
     wide = {"attention_head_dim": 32, "cross_attention_head_dim": 32, "cross_attention_dim": 64}
     trainer = Trainer(config, CPU, tiny_parts(config, **wide))
     if precision == "fp16":  # else many steps are skipped until the scale has come down
         trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 256.0})
     name = "backbone.proj_out.weight"
-    before = target_of(trainer)[name].clone()
+    weight = target_of(trainer)[name] if decay else dict(trainer.student.named_parameters())[name]
+    before = weight.detach().clone()
     for _ in range(3):
         trainer.train_step()
-    after = target_of(trainer)[name]
+    after = weight.detach()
     assert after.dtype == torch.float32 and after.isfinite().all() and not torch.equal(before, after)
 
 

@@ -164,7 +164,7 @@ def sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sampler:
 
 
 def test_a_student_is_sampled_in_as_many_steps_as_it_has_phases(sampler: Sampler) -> None:
-    assert sampler.fewest_steps == 2
+    assert sampler.default_steps == 2
     condition, sigma = sampler.text(["red cat", "blue dog"], (64, 64)), 0.5
     found = sampler.sample(condition, NoiseSource(0, range(2), (4, 8, 8), CPU), 2, 3.0)
     x, w = sigma * NoiseSource(0, range(2), (4, 8, 8), CPU)(), torch.full((2,), 3.0)

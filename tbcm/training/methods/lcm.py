@@ -18,7 +18,7 @@ from tbcm.runtime.ema import EMA
 from tbcm.samples.rollouts import Batch, GuidedTeacher, SampleSource
 from tbcm.setup.networks import AnyNetwork, build_student
 from tbcm.setup.parts import Parts
-from tbcm.training.methods.method import Beside, Loss, Method
+from tbcm.training.methods.method import Beside, Figures, Loss, Method
 from tbcm.training.methods.sources import noised_latents, teacher_rollouts
 
 
@@ -70,10 +70,10 @@ class Lcm(Method):
         """Where the jumps from times t end: data."""
         return torch.zeros_like(t)
 
-    def update(self, finite: Tensor) -> Tensor:
+    def update(self, finite: Tensor) -> tuple[Tensor, Figures]:
         if self.target:
             self.target.average.update(self.target.student, finite)
-        return finite
+        return finite, {}
 
     @property
     def beside(self) -> dict[str, Beside]:

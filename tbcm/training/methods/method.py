@@ -55,17 +55,19 @@ class Method(ABC):
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         self.config, self.settings = config, config.method
-        teacher = GuidedTeacher(parts.teacher, parts.text, lambda: teacher_autocast(config, device), config.resolution)
-        source = self.make_source(teacher, device, parts)
+        self.teacher = GuidedTeacher(
+            parts.teacher, parts.text, lambda: teacher_autocast(config, device), config.resolution
+        )
+        source = self.make_source(self.teacher, device, parts)
         self.source = Overlapped(source, device) if config.train.overlap_rollout else source
 
     @abstractmethod
     def make_source(self, teacher: GuidedTeacher, device: torch.device, parts: Parts) -> SampleSource:
         """Where the samples of a step come from."""
 
-    @abstractmethod
     def loss(self, student: Network, batch: Batch, part: Trajectory, step: int) -> Loss:
-        """Of some of a batch's points, its `part`."""
+        """Of some of a batch's points, its `part`: of methods that make no terms of their own."""
+        raise NotImplementedError
 
     @property
     def samples_per_step(self) -> int:
@@ -88,9 +90,10 @@ class Method(ABC):
         """After the student's backward pass of the `term`-th term of a batch. Returns shares of figures."""
         return {}
 
-    def update(self, finite: Tensor) -> Tensor:
-        """After the student's update, which was made where `finite`. Returns where all updates were made."""
-        return finite
+    def update(self, finite: Tensor) -> tuple[Tensor, Figures]:
+        """After the student's update, which was made where `finite`. Returns where all updates were made, and shares of
+        figures."""
+        return finite, {}
 
     def give_up(self) -> None:
         """Forgets the step so far."""

@@ -78,9 +78,9 @@ class Pcm(Lcm):
             return {}
         return self.adversary.learn(last=last_batch and term == self._last_term)
 
-    def update(self, finite: Tensor) -> Tensor:
-        finite = super().update(finite)
-        return self.adversary.update(finite) if self.adversary else finite
+    def update(self, finite: Tensor) -> tuple[Tensor, Figures]:
+        super().update(finite)
+        return (self.adversary.update(finite) if self.adversary else finite), {}
 
     def give_up(self) -> None:
         if self.adversary:

@@ -92,9 +92,9 @@ class Sprint(Scm):
     def after_backward(self, term: int, *, last_batch: bool) -> Figures:
         return self.adversary.learn(last=last_batch) if term == 0 else {}
 
-    def update(self, finite: Tensor) -> Tensor:
+    def update(self, finite: Tensor) -> tuple[Tensor, Figures]:
         """A skipped update of the discriminator counts as well: a student must not follow heads that never learn."""
-        return self.adversary.update(finite)
+        return self.adversary.update(finite), {}
 
     def give_up(self) -> None:
         self.adversary.give_up()
