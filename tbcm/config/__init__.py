@@ -94,8 +94,7 @@ class Config(Section):
 
 def _of_images(method: Any) -> str:
     """The settings by which a method learns from images."""
-    by = {"lcm": " with method.samples=images", "pcm": " with method.samples=images", "dmd2": " with method.adversary"}
-    return f"method.name={method.name}{by.get(method.name, '')}"
+    return f"method.name={method.name}{method.with_images}"
 
 
 def _judged(method: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
@@ -108,6 +108,9 @@ class Solver(Section):
 class _Method(Section):
     """What all methods share."""
 
+    with_images: ClassVar[str] = ""
+    """How an error names the settings by which a method that can do without learns from images."""
+
     sigma_data: PositiveFloat = 0.5
     guidance: Annotated[list[float], Field(min_length=1)] = Field([4.0, 4.5, 5.0], description="drawn from per prompt")
 
@@ -204,6 +207,7 @@ class Sprint(_Consistency):
 class Discrete(_Method):
     """Discrete consistency distillation: samples of either kind, the teacher's solver, a distance and a target."""
 
+    with_images = " with method.samples=images"
     samples: Literal["trajectories", "images"] = Field(
         "trajectories", description="points of the teacher's own trajectories (`route`), or noised images (`times`)"
     )
@@ -270,6 +274,7 @@ class Pcm(Discrete):
 class Dmd2(_Method):
     """Distribution matching, on samples of the student's own."""
 
+    with_images = " with method.adversary"
     name: Literal["dmd2"]
     steps: PositiveInt = Field(1, description="of sampling, for which the student is trained")
     noise: Noise = Noise()
