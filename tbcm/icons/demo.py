@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from tbcm.config import Config, load_config
 from tbcm.config.paths import path_argument
 from tbcm.errors import UserError, command
 from tbcm.evaluation.icons import MOST_IMAGES, TEACHER_STEPS, IconJudge
+from tbcm.icons.teacher import computes_bf16
 from tbcm.inference.generation import Sampler
 from tbcm.inference.images import save_png, sheet
 from tbcm.inference.student import RUN_CONFIG
@@ -40,6 +42,9 @@ SHEET_PROMPTS = (
     "outline purple umbrella on white",
     "solid green leaf on light blue",
 )
+TIMED_STEPS = 4
+PATIENCE = 1.15
+"""How much longer than it was given a run may take, if the machine slows down, before it is cut off."""
 REFERENCE = f"teacher_{TEACHER_STEPS}"
 
 
@@ -56,7 +61,27 @@ class Arms:
         return (self.teacher if kind == "teacher" else self.student)(prompts, steps=int(steps), seed=seed)
 
 
-def run(config: Config, out: Path, images: int) -> dict[str, Any]:
+def fit(trainer: Trainer, minutes: float) -> None:
+    """Makes the run's first steps, and sets its last to where `minutes` will be over at their speed: the learning rate
+    falls over the last steps, which a run that is merely cut off never sees."""
+    config, started, seconds = trainer.config, time.monotonic(), []
+    while trainer.step < min(TIMED_STEPS, config.train.steps):
+        then = time.monotonic()
+        trainer.train_step()
+        seconds.append(time.monotonic() - then)
+    left = max(60 * minutes - (time.monotonic() - started), 0.0)
+    steps = min(config.train.steps, trainer.step + int(left / statistics.median(seconds)))
+    limits = {"steps": steps, "max_minutes": max(left, 1.0) / 60 * PATIENCE}
+    cooldown = {"cooldown_steps": min(config.optimizer.cooldown_steps, steps // 2)}
+    trainer.config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update=limits),
+            "optimizer": config.optimizer.model_copy(update=cooldown),
+        }
+    )
+
+
+def run(config: Config, out: Path, images: int, minutes: float) -> dict[str, Any]:
     """Measures the untrained student and the teacher, trains, measures again. Returns the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(config, device, build_parts(config, device))
@@ -78,6 +103,8 @@ def run(config: Config, out: Path, images: int) -> dict[str, Any]:
         for steps in (1, 2, 4, TEACHER_STEPS):
             arm(f"teacher_{steps}", f"teacher_{steps}", measured=steps < 4)
     started = time.monotonic()
+    if minutes > 0:
+        fit(trainer, minutes)
     stopped = trainer.run()
     train_seconds = time.monotonic() - started
     if stopped:
@@ -150,7 +177,7 @@ def main() -> None:
         help="folder for report, sheet and run; an old one is replaced",
     )
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="training time; 0: the configuration's own number of steps"
+        "--minutes", type=float, default=7.5, help="training time, of as many steps as fit; 0: the configuration's own"
     )
     parser.add_argument("--images", type=int, default=400, help="images an arm is measured on (2 to 4,000)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -159,14 +186,14 @@ def main() -> None:
         raise UserError(f"--images {arguments.images}: give 2 to {MOST_IMAGES}")
     out: Path = arguments.out
     demo = [f"out={out / 'run'}"]
-    if arguments.minutes > 0:
-        demo += [f"train.max_minutes={arguments.minutes}"]
+    if not torch.cuda.is_available() and computes_bf16("cpu"):
+        demo += ["student.precision=bf16", "teacher.precision=bf16"]  # a step in 0.6 of the time of fp32
     config = load_config(arguments.config, demo + arguments.overrides)
     setup_logging()
     reuse_freed_memory()
     with RunLock(out):
         start_afresh(Path(config.out), config)
-        report = run(config, out, arguments.images)
+        report = run(config, out, arguments.images, arguments.minutes)
         write_json(out / "report.json", report)
     print(f"sheet: {report['sheet']}")
     print(", ".join(f"{key} {value}" for key, value in report.items() if key != "sheet"))

@@ -152,13 +152,16 @@ def flow_loss(model: nn.Module, batch: Batch) -> Tensor:
     return (velocity.float() - batch.target).square().mean()
 
 
+def computes_bf16(device: str) -> bool:
+    """Whether the processor has instructions of its own for it."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def half_precision(device: str) -> torch.autocast:
     """bf16 where the processor computes it natively, else fp32."""
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=native)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bf16(device))
 
 
 def load_autoencoder(folder: Path) -> AutoencoderDC:
