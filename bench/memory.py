@@ -17,13 +17,12 @@ import torch
 from rows import append, table
 from speed import arms, options
 from speed.measure import Measured, freed, parts, quiet
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from tbcm.config import Config
 from tbcm.errors import UserError, command
 from tbcm.runtime.files import atomic_path
-from tbcm.training.accounting import CostCounter
+from tbcm.training.accounting import CostCounter, SizesAlone
 from tbcm.training.dryrun import as_on_a_gpu, eager
 from tbcm.training.holdings import holdings
 from tbcm.training.trainer import Trainer
@@ -61,7 +60,7 @@ def measured(arm: str, config: Config, device: torch.device) -> Row:
 def accounted(arm: str, config: Config, device: torch.device) -> Row:
     """Of the first step, by the sizes of its live tensors."""
     config = as_on_a_gpu(eager(config))
-    with FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
+    with SizesAlone(), CostCounter() as counter:
         trainer = Trainer(config, device, parts(config, device))
         counter.peak = counter.live  # making them may take more than keeping them
         base = counter.live + holdings(trainer)["gradients"]

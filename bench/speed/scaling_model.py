@@ -17,13 +17,12 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speed.collectives import Traffic, ring_bytes
 from speed.measure import parts
 from tbcm.config import Config
 from tbcm.runtime.phases import PhaseTimer
-from tbcm.training.accounting import CostCounter
+from tbcm.training.accounting import CostCounter, SizesAlone
 from tbcm.training.dryrun import eager
 from tbcm.training.trainer import Trainer
 
@@ -192,7 +191,7 @@ class _FlopsByPhase(PhaseTimer):
 def work_of(config: Config) -> Work:
     """Of a rank by itself that takes the configured step: counted as `flops.count` does."""
     twin, device = eager(config), torch.device("cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with SizesAlone():
         trainer = Trainer(twin, device, parts(twin, device))
         with CostCounter() as counter, _FlopsByPhase(counter) as phases:
             trainer.train_step()

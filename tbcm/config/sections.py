@@ -18,8 +18,10 @@ class Teacher(Section):
     variant: str | None = Field(
         None, description="of the weights' files, such as bf16; default: the plain ones, or the only ones there are"
     )
-    architecture: Literal["sana-600m", "sana-1600m", "icons", "tiny"] | None = Field(
-        None, description="what --dry-run builds, with random weights, where `path` is not on this machine"
+    architecture: str | None = Field(
+        None,
+        description="what --dry-run builds, with random weights, where `path` is no folder on this machine: a name in"
+        " docs/backbones.md, such as sdxl",
     )
     precision: Precision = Field(
         "auto",

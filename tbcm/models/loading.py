@@ -54,7 +54,7 @@ def general_student(
         backbone = tied(teacher.backbone)
         add_lora(backbone, lora)
     else:
-        backbone = copy.deepcopy(teacher.backbone).float().requires_grad_()
+        backbone = _in_fp32(teacher.backbone).requires_grad_()
     try:
         return DiffusersNetwork(
             backbone,
@@ -70,6 +70,13 @@ def general_student(
         ).train()
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _in_fp32(net: nn.Module) -> nn.Module:
+    """A copy. Weights are converted as they are copied: in place, those without data (of dry runs) cannot be."""
+    parameters = {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in net.parameters()}
+    buffers = {id(b): b.to(torch.float32, copy=True) for b in net.buffers() if b.is_floating_point()}
+    return copy.deepcopy(net, {**parameters, **buffers})
 
 
 def black_latents(

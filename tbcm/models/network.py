@@ -71,8 +71,8 @@ class DiffusersNetwork(nn.Module):
         device = next(backbone.parameters()).device
         self.guidance_embedding = self.logvar_head = None
         if guided and not self.embeds_guidance:
-            widths = [embedder.width for embedder in found]
-            self.guidance_embedding = GuidanceEmbedding(widths, guidance_embeds_scale).to(device)
+            with torch.device(device):
+                self.guidance_embedding = GuidanceEmbedding([one.width for one in found], guidance_embeds_scale)
         if logvar:
             self.logvar_head = nn.Linear(found[0].width, 1, device=device)
             nn.init.zeros_(self.logvar_head.weight)

@@ -86,6 +86,10 @@ class Pipeline:
         name = f"{part}/config.json"
         return check_config(self._read(name, f"no readable {name}"), facts, cls, self._named(name))
 
+    def untrained(self, part: str) -> Any:
+        """The transformer or the VAE, with the first weights of its class."""
+        return _MODELS[part][0].from_config(self.config(part))
+
     @cached_property
     def timestep_scale(self) -> float:
         """What the transformer is given at flow-matching time s, divided by s.
@@ -163,12 +167,12 @@ class Pipeline:
                 )
         if self._has("scheduler"):
             _ = self.sampling_shift
-        return self._load("transformer", SanaTransformer2DModel, dtype)
+        return self.load("transformer", SanaTransformer2DModel, dtype, strict=True)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderDC:
         self._check_class("vae")
         self.config("vae")
-        return self._load("vae", AutoencoderDC, dtype).eval().requires_grad_(False)
+        return self.load("vae", AutoencoderDC, dtype).eval().requires_grad_(False)
 
     def text_width(self) -> int:
         """Of the text encoder's states, from its configuration. Raises UserError where it is no Gemma-2."""
@@ -186,14 +190,27 @@ class Pipeline:
             lambda: AutoTokenizer.from_pretrained(self.location, subfolder="tokenizer", revision=self.revision),
             f"{self.path}: tokenizer/",
         )
-        return tokenizer, self._load("text_encoder", AutoModel, dtype)
+        return tokenizer, self.load("text_encoder", AutoModel, dtype)
 
-    def _load(self, part: str, cls: Any, dtype: torch.dtype) -> Any:
-        where, folder = self._named(part), Path(self.location, part)
-        variant = choose_variant(self.names(part), self.variant, where, strict=part == "transformer")
+    def load(self, part: str, cls: Any, dtype: torch.dtype, *, strict: bool = False, heads: bool = False) -> Any:
+        """The weights of a part, of a class of diffusers or of transformers.
+
+        Args:
+            strict: a part without the variant that was asked for is refused, and not taken as it is.
+            heads: the file may hold modules that the class has not.
+
+        Raises:
+            UserError: weights that are missing, damaged, or not those that config.json asks for.
+        """
+        folder, variant = Path(self.location, part), self.variant_of(part, strict=strict)
         if folder.is_dir():
             check_files(folder, variant)
-        return load_weights(cls, self.location, part, dtype, where, revision=self.revision, variant=variant)
+        options: dict[str, Any] = {"revision": self.revision, "variant": variant, "heads": heads}
+        return load_weights(cls, self.location, part, dtype, self._named(part), **options)
+
+    def variant_of(self, part: str, *, strict: bool = False) -> str | None:
+        """Which variant of a part's weights is taken (None: the plain ones). Raises UserError where it is not clear."""
+        return choose_variant(self.names(part), self.variant, self._named(part), strict=strict)
 
     def names(self, part: str) -> Collection[str]:
         """Of the part's files; none where they cannot be listed."""

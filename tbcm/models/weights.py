@@ -138,8 +138,11 @@ def _tensors(file: Path) -> list[tuple[str, bool]]:
     return [(name, value.is_floating_point()) for name, value in weights.items()]
 
 
-def load_weights(cls: Any, source: str, part: str, dtype: torch.dtype, where: str, **options: Any) -> Any:
-    """`cls.from_pretrained` of a part, in `dtype`; `options` go to it. Of diffusers or of transformers.
+def load_weights(
+    cls: Any, source: str, part: str, dtype: torch.dtype, where: str, *, heads: bool = False, **options: Any
+) -> Any:
+    """`cls.from_pretrained` of a part, in `dtype`; `options` go to it. Of diffusers or of transformers. `heads`: as for
+    `check_fit`.
 
     Raises:
         UserError: it cannot be loaded, or its weights are not those that its configuration asks for.
@@ -151,7 +154,7 @@ def load_weights(cls: Any, source: str, part: str, dtype: torch.dtype, where: st
         ),
         where,
     )
-    check_fit(model, info, where)
+    check_fit(model, info, where, heads=heads)
     return model
 
 
@@ -167,13 +170,22 @@ def guarded(load: Callable[[], Any], where: str) -> Any:
 
 
 def check_fit(
-    model: nn.Module, info: Mapping[str, Any], where: str, advice: str = "Take both from the same model"
+    model: nn.Module,
+    info: Mapping[str, Any],
+    where: str,
+    advice: str = "Take both from the same model",
+    *,
+    heads: bool = False,
 ) -> None:
     """Raises UserError where the names that from_pretrained calls missing, unexpected and mismatched are a fault. A
     buffer that the model computes (position embeddings) may be among the weights, and so may a language model's head
-    that nothing here uses."""
+    that nothing here uses; with `heads` all that lies in none of the model's modules (CLIP's images beside its text).
+    """
     computed = {name for name, _ in model.named_buffers()}
     unexpected = [key for key in info["unexpected_keys"] if key not in computed and not key.startswith("lm_head.")]
+    if heads:
+        own = {name for name, _ in model.named_children()}
+        unexpected = [key for key in unexpected if key.partition(".")[0] in own]
     shapes = [f"{key} is {list(found)} and should be {list(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     missing = [key for key in info["missing_keys"] if key not in mismatched]

@@ -18,9 +18,9 @@ from tbcm.models.loading import AnyPipeline, general_student
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
 from tbcm.models.sana.network import SanaTrigFlow
-from tbcm.models.sana.students import load_teacher, lora_student_from_teacher, student_from_teacher
+from tbcm.models.sana.students import load_teacher, lora_student_from_teacher, student_from_teacher, teacher_of
 from tbcm.runtime.seeding import seeded
-from tbcm.setup.precision import dtype_of, switch, teacher_weights
+from tbcm.setup.precision import default_dtype, dtype_of, switch, teacher_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,15 @@ def pipeline_of(config: Config) -> AnyPipeline:
 
 def check_sizes(config: Config) -> None:
     """Raises UserError where the teacher makes no images of a size in `resolution`."""
-    pipeline = pipeline_of(config)
+    check_teacher(config, pipeline_of(config))
+
+
+def check_teacher(config: Config, pipeline: AnyPipeline) -> None:
+    """Raises UserError for what a configuration asks of a teacher that it cannot do."""
     for size in config.resolution:
         pipeline.check_size(size)
+    if isinstance(pipeline, FamilyPipeline) and config.teacher.fp8:
+        raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
 
 
 def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> AnyNetwork:
@@ -51,11 +57,20 @@ def build_teacher(config: Config, device: torch.device, dtype: torch.dtype | Non
     compiled = switch(config.teacher.compile, device)
     pipeline = pipeline_of(config)
     if isinstance(pipeline, FamilyPipeline):
-        if config.teacher.fp8:
-            raise UserError("teacher.fp8=true is for Sana: this teacher's layers are not known one by one")
         return with_flash_attention(config, pipeline.load_teacher(dtype, device, compiled=compiled))
     net = load_teacher(pipeline, dtype, device, compiled=compiled, text_once=config.text.once)
     return with_flash_attention(config, net)
+
+
+def untrained_teacher(config: Config, pipeline: AnyPipeline, device: torch.device) -> AnyNetwork:
+    """The frozen teacher with the first weights of its class, as the configuration keeps a teacher's."""
+    compiled = switch(config.teacher.compile, device)
+    part = pipeline.family.network if isinstance(pipeline, FamilyPipeline) else "transformer"
+    with torch.device(device), default_dtype(teacher_weights(config, device)):
+        backbone = pipeline.untrained(part)
+    if isinstance(pipeline, FamilyPipeline):
+        return with_flash_attention(config, pipeline.teacher_of(backbone, compiled=compiled))
+    return teacher_of(backbone, pipeline.timestep_scale, compiled=compiled, text_once=config.text.once)
 
 
 def with_flash_attention(config: Config, net: AnyNetwork) -> AnyNetwork:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from tbcm.config import Config
@@ -50,3 +53,14 @@ def teacher_autocast(config: Config, device: torch.device) -> torch.autocast:
 def student_weights(config: Config, device: torch.device) -> torch.dtype:
     """How the weights of a student that is no longer trained are kept."""
     return weights_dtype(dtype_of(config.student.precision, device))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have weights of `dtype`: a conversion afterwards would cost memory that a run never needs."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

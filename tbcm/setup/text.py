@@ -60,9 +60,9 @@ def build_encoder(config: Config, device: torch.device) -> TextEncoder:
     return load_gemma(pipeline, dtype=dtype, device=device, max_tokens=config.text.max_tokens)
 
 
-def check_text_width(config: Config, width: int) -> None:
-    """Raises UserError where the teacher takes in text states of another width."""
-    if (wanted := files_of(config).config("transformer")["caption_channels"]) != width:
+def check_text_width(config: Config, width: int, teacher: Pipeline | None = None) -> None:
+    """Raises UserError where the teacher (default: that of the configuration) takes in text states of another width."""
+    if (wanted := (teacher or files_of(config)).config("transformer")["caption_channels"]) != width:
         raise UserError(
             f"text.encoder={config.text.encoder} gives states of width {width}, and the teacher {config.teacher.path}"
             f" takes in caption_channels = {wanted}: choose the text encoder that it was trained with"

@@ -10,10 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from tbcm.errors import UserError
+
+
+class SizesAlone(FakeTensorMode):
+    """Inside, tensors have sizes and no data. Only what has data and is no state or weight keeps it, and so does what
+    follows from such alone: integers (a prompt's ids, masks and lengths, of which networks ask how long a text is) and
+    single numbers (FakeTensorMode has its own way to keep those; torch 2.13 may crash where it frees them)."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(value, FakeTensor) for value in args):  # as most have one, without a longer look
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            if tensors and all(map(_keeps_data, tensors)):
+                return func(*args, **kwargs)
+        self.cache_enabled = func is not _OF_A_STORAGE
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+_OF_A_STORAGE = torch.ops.aten._new_zeros_with_same_feature_meta.default
+"""Makes storage (for a tangent) as large as another's, which FakeTensorMode's cache of answers does not tell apart."""
+
+
+def _keeps_data(value: Tensor) -> bool:
+    return not isinstance(value, FakeTensor) and (value.numel() == 1 or not value.is_floating_point())
 
 
 class CostCounter(TorchDispatchMode):
@@ -38,6 +66,8 @@ class CostCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # a fake tensor is asked for its device, very often
+            return func(*args, **kwargs)
         if func.namespace == "aten" and func._can_decompose():
             with self:  # in inference mode operators arrive here that are made of others
                 return func.decompose(*args, **kwargs)

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 
 from tbcm.config import Config
 from tbcm.config.resolution import Size, largest
 from tbcm.errors import UserError
+from tbcm.method.rollout import Velocity
 from tbcm.models.network import DiffusersNetwork
 from tbcm.runtime import distributed
 from tbcm.runtime.parallel import shard_size
 from tbcm.setup.parts import Parts, build_parts
-from tbcm.training.accounting import CostCounter
+from tbcm.training.accounting import CostCounter, SizesAlone
 from tbcm.training.holdings import gathered, holdings, on_a_rank
-from tbcm.training.random_parts import random_parts
+from tbcm.training.methods.method import Figures, Term
+from tbcm.training.random_parts import random_parts, taken_architecture
 from tbcm.training.trainer import Trainer, peak_memory_gib
 
 
@@ -31,8 +32,9 @@ def dry_run(config: Config, device_name: str | None) -> None:
     FLOPs are counted in an eager step on tensors without data (PyTorch's meta device, behind fake tensors), where no
     compiled graph or kernel hides a product; memory is the sum of the live tensors. Rollouts that follow one another in
     a step cost the same: one is run, the gradients it adds to being there from the start, and its FLOPs are multiplied.
-    Where the teacher is not on this machine its architecture gets random weights, which cost the same. Under torchrun
-    it is the run of as many ranks.
+    So are those of its micro-batches. Weights are random, which cost the same: the teacher's configuration files are
+    enough, and where those are not on this machine its architecture. A text is as long as its pipeline takes. Under
+    torchrun it is the run of as many ranks.
     """
     device = distributed.init(device_name)
     sizes, config = config.resolution, config.model_copy(update={"resolution": (largest(config.resolution),)})
@@ -53,16 +55,76 @@ def account(config: Config, prompts: int, rollouts: int, sizes: Sequence[Size]) 
     """What the step costs, of which a rank takes `rollouts` rollouts of `prompts` prompts each. `config` has one size,
     the largest of `sizes`."""
     shard = shard_size(config.parallel.shard) if config.parallel.mode == "fsdp" else 1
-    with distributed.alone(), FakeTensorMode(allow_non_fake_inputs=True), CostCounter() as counter:
-        config, device = _with_prompts(as_on_a_gpu(eager(config)), prompts), torch.device("cpu")
+    trainer, flops, peak = counted(_with_prompts(as_on_a_gpu(eager(config)), prompts), rollouts)
+    figures = report(trainer, prompts, rollouts, flops)
+    return _lines({"images": _of_sizes(sizes)} | figures | memory_report(trainer, rollouts, shard, peak))
+
+
+def counted(config: Config, rollouts: int) -> tuple[Trainer, int, int]:
+    """A trainer that has taken the first of a step's `rollouts`, in which all prompts of `config` are; FLOPs of that,
+    and the peak memory in bytes from when the trainer was begun. Nothing has data."""
+    with distributed.alone(), SizesAlone(), CostCounter() as counter:
+        device = torch.device("cpu")
         trainer = Trainer(config, device, random_parts(config, device))
         if rollouts > 1:
             for parameter in trainer.parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        flops = counter.flops
+        flops, repeats = counter.flops, Repeats(trainer, counter, gradients=rollouts > 1)
         trainer.train_step()
-    figures = report(trainer, prompts, rollouts, counter.flops - flops)
-    return _lines({"images": _of_sizes(sizes)} | figures | memory_report(trainer, rollouts, shard, counter.peak))
+    return trainer, counter.flops - flops + repeats.flops, counter.peak
+
+
+class Repeats:
+    """Leaves out of a step what costs the same as what is run, and counts its FLOPs: `flops`. Of a rollout the teacher
+    is run in its first point. Of the micro-batches are run one that finds the gradients of another, and the last, which
+    may be smaller; the figures of that one stand for those of the ones that are left out, since statistics cost, too.
+
+    Args:
+        gradients: are there before the step.
+    """
+
+    def __init__(self, trainer: Trainer, counter: CostCounter, *, gradients: bool) -> None:
+        self.flops, self._counter, self._noted = 0, counter, trainer.figures
+        self._first, self._before, self._left_out = 1 if gradients else 2, 0, 0
+        method: Any = trainer.method
+        teacher: Any = method.teacher
+        self._terms, self._after_backward, self._velocity = method.terms, method.after_backward, teacher.velocity
+        method.terms, method.after_backward, teacher.velocity = self._few, self._counted, self._once
+
+    def _once(self, *arguments: Any) -> Velocity:
+        velocity = self._velocity(*arguments)
+        known: dict[torch.Size, tuple[torch.Size, int]] = {}
+
+        def answer(u: Tensor, t: Tensor) -> Tensor:
+            if u.shape in known:
+                shape, flops = known[u.shape]
+                self.flops += flops
+                return u.new_empty(shape)
+            before = self._counter.flops
+            F = velocity(u, t)
+            known[u.shape] = F.shape, self._counter.flops - before
+            return F
+
+        return answer
+
+    def _few(self, *arguments: Any) -> list[Term]:
+        terms, self._before = self._terms(*arguments), self._spent
+        self._left_out = max(0, len(terms) - self._first - 1)
+        return [*terms[: self._first], terms[-1]] if self._left_out else terms
+
+    def _counted(self, term: int, *, last_batch: bool) -> Figures:
+        place = term if term < self._first else term + self._left_out
+        figures = self._after_backward(place, last_batch=last_batch)
+        if term == self._first - 1:
+            self.flops += self._left_out * (self._spent - self._before)
+            self._noted += self._left_out * self._noted[-1:]
+        self._before = self._spent
+        return figures
+
+    @property
+    def _spent(self) -> int:
+        """FLOPs so far, of what was run and of what was not."""
+        return self._counter.flops + self.flops
 
 
 def _of_sizes(sizes: Sequence[Size]) -> str:
@@ -92,10 +154,11 @@ def report(trainer: Trainer, prompts: int, rollouts: int, flops: int) -> dict[st
     family = isinstance(trainer.teacher, DiffusersNetwork)
     encoder = config.text.cache or (config.teacher.path if family else config.text.encoder)
     each = trainer.source.samples_per_prompt
+    taken = f", taken to be {name}" if (name := taken_architecture(config)) else ""
     total = prompts * rollouts * world
     tera = flops * rollouts / 1e12
     return {
-        "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path})",
+        "teacher": f"{_parameters(trainer.teacher)} ({config.teacher.path}{taken})",
         "student": _student(trainer),
         "text encoder": f"{_parameters(nn.ModuleList(encoders)) if encoders else 'none'} ({encoder})",
         "step": (
@@ -157,9 +220,10 @@ def as_on_a_gpu(config: Config) -> Config:
 
 
 def eager(config: Config) -> Config:
-    """The same, without what changes no product and needs a GPU: compilation, capture, overlap, the fused update."""
+    """The same, without what changes no product and needs a GPU: compilation, capture, overlap, the fused update and
+    flash-attn."""
     without: dict[str, dict[str, Any]] = {
-        "teacher": {"compile": False, "cuda_graph": False},
+        "teacher": {"compile": False, "cuda_graph": False, "flash": False},
         "student": {"compile": False},
         "optimizer": {"fused": False},
         "train": {"overlap_rollout": False},

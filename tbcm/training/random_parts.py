@@ -2,75 +2,90 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tbcm.config import Config
 from tbcm.config.resolution import Size
-from tbcm.models.loading import freeze
-from tbcm.models.pipeline import FLOW_STEPS
-from tbcm.models.sana.network import SanaTrigFlow
-from tbcm.models.sana.presets import AUTOENCODERS, GEMMA_2_2B, MINILM, SANA, compression
-from tbcm.models.text import hidden_states
+from tbcm.errors import UserError, shown
+from tbcm.models.families.pipeline import open_pipeline
+from tbcm.models.loading import AnyPipeline, freeze
+from tbcm.models.pipeline import Pipeline
+from tbcm.models.preset_files import ARCHITECTURES, write_preset
 from tbcm.samples.noised import VaeLatents
-from tbcm.samples.rollouts import TextConditions
-from tbcm.setup.networks import build_student, files_of
+from tbcm.setup.networks import build_student, check_teacher, files_of, untrained_teacher
 from tbcm.setup.parts import Parts
-from tbcm.setup.precision import dtype_of, switch, teacher_weights
-
-INSTRUCTION_TOKENS = 200
-"""About what Sana's instruction adds to a prompt of Gemma tokens."""
+from tbcm.setup.precision import default_dtype, dtype_of
+from tbcm.training.random_text import random_text
 
 
 def random_parts(config: Config, device: torch.device) -> Parts:
-    """The parts of a run with random weights: of `teacher.architecture`, or of the teacher's own configuration."""
+    """The parts of a run with random weights: of the configuration files at teacher.path, or of teacher.architecture
+    where no such folder is on this machine.
+
+    Raises:
+        UserError: a folder or hub id without the files of a known pipeline.
+    """
+    with _configuration_files(config) as files:
+        pipeline, shapes = _opened(config, files)
+        teacher = untrained_teacher(config, pipeline, device)
+        black = {size: torch.zeros(shape, device=device) for size, shape in shapes.items()}
+        text = random_text(config, pipeline, device)
+        prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
+        student = build_student(config, teacher)
+        if not config.method.from_images:
+            return Parts(teacher, student, text, prompts, black)
+        if config.data.latents is not None:
+            return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))
+        vae = _vae(pipeline, dtype_of(config.teacher.precision, device), device)
+        latents = VaeLatents(pipeline, vae, RandomImages(prompts), device)
+        return Parts(teacher, student, text, prompts, black, latents, vae)
+
+
+def taken_architecture(config: Config) -> str | None:
+    """teacher.architecture, where teacher.path is no folder on this machine. Raises UserError where none has that
+    name."""
     name = config.teacher.architecture
+    if name is not None and name not in ARCHITECTURES:
+        raise UserError(f"teacher.architecture = {shown(name)}: should be one of {', '.join(ARCHITECTURES)}")
+    return None if Path(files_of(config).location).is_dir() else name
+
+
+@contextmanager
+def _configuration_files(config: Config) -> Iterator[Pipeline]:
+    """A folder or hub id. That of an architecture is there for as long as it is read."""
+    files, name = files_of(config), taken_architecture(config)
     if name is None:
-        files = files_of(config)
-        arguments, scale, factor = files.config("transformer"), files.timestep_scale, files.compression
-    else:
-        arguments = SANA[name]
-        scale, factor = FLOW_STEPS * arguments["timestep_scale"], compression(name)
-    with torch.device(device):
-        with _default_dtype(teacher_weights(config, device)):
-            backbone = SanaTransformer2DModel.from_config(arguments)
-        teacher = SanaTrigFlow(
-            backbone,
-            timestep_scale=scale,
-            differentiable=False,
-            compiled=switch(config.teacher.compile, device),
-            text_once=config.text.once,
-        )
-        freeze(teacher)
-        black = {
-            (height, width): torch.zeros(arguments["in_channels"], height // factor, width // factor)
-            for height, width in config.resolution
-        }
-        encoder = RandomEncoder(config, arguments["caption_channels"], device)
-    text = TextConditions(encoder, config.teacher.null_mask)
-    prompts = [f"prompt {i}" for i in range(config.train.prompts_per_step)]
-    student = build_student(config, teacher)
-    if not config.method.from_images:
-        return Parts(teacher, student, text, prompts, black)
-    if config.data.latents is not None:
-        return Parts(teacher, student, text, prompts, black, RandomLatents(prompts, black))
-    vae = _random_vae(config, device)
-    latents = VaeLatents(files_of(config), vae, RandomImages(prompts), device)
-    return Parts(teacher, student, text, prompts, black, latents, vae)
+        yield files
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_preset(name, Path(folder))
+        yield replace(files, path=folder, revision=None)
 
 
-def _random_vae(config: Config, device: torch.device) -> AutoencoderDC:
-    name = config.teacher.architecture
-    with torch.device(device), _default_dtype(dtype_of(config.teacher.precision, device)):
-        if name is None:
-            vae = AutoencoderDC.from_config(files_of(config).config("vae"))
-        else:
-            vae = AutoencoderDC(**AUTOENCODERS[name])
-    return vae.eval().requires_grad_(False)
+def _opened(config: Config, files: Pipeline) -> tuple[AnyPipeline, dict[Size, tuple[int, ...]]]:
+    """What the files say, of which a scheduler's table has data, and a latent's shape for each size. Networks are made
+    on the way, without weights, which whoever counts tensors is not to see."""
+    with _disable_current_modes():
+        pipeline = open_pipeline(files)
+        check_teacher(config, pipeline)
+        return pipeline, {size: pipeline.latent_shape(size) for size in config.resolution}
+
+
+def _vae(pipeline: AnyPipeline, dtype: torch.dtype, device: torch.device) -> Any:
+    """None for a teacher of pixels."""
+    if not pipeline.index.get("vae"):
+        return None
+    with torch.device(device), default_dtype(dtype):
+        return freeze(pipeline.untrained("vae"))
 
 
 class RandomImages:
@@ -98,45 +113,3 @@ class RandomLatents:
     def latents(self, indices: Sequence[int], size: Size) -> tuple[Tensor, list[int]]:
         one = self._black[size]
         return torch.randn(len(indices), *one.shape, device=one.device), list(indices)
-
-
-class RandomEncoder:
-    """A text encoder of the configured kind with random weights: costs what the real one costs, says nothing. With
-    text.cache there is no `model`, and the states of all prompts are zero."""
-
-    def __init__(self, config: Config, dim: int, device: torch.device) -> None:
-        self.dim, self.max_tokens, self.device = dim, config.text.max_tokens, device
-        self.model: nn.Module | None = None
-        if config.text.cache is None:
-            with _default_dtype(dtype_of(config.text.precision, device)):
-                self.model = _text_model(config.text.encoder)
-            freeze(self.model)
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str], *, instruct: bool = True) -> tuple[Tensor, Tensor]:
-        length = self.max_tokens + (INSTRUCTION_TOKENS if instruct and self.dim == GEMMA_2_2B["hidden_size"] else 0)
-        mask = torch.ones(len(prompts), self.max_tokens, dtype=torch.bool, device=self.device)
-        if self.model is None:
-            return torch.zeros(*mask.shape, self.dim, device=self.device), mask
-        ids = torch.zeros(len(prompts), length, dtype=torch.long, device=self.device)
-        states = hidden_states(self.model, ids, torch.ones_like(ids, dtype=torch.bool))
-        return states[:, : self.max_tokens].float(), mask
-
-
-def _text_model(name: str) -> nn.Module:
-    from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
-
-    if name == "gemma2":
-        return Gemma2Model(Gemma2Config(**GEMMA_2_2B))
-    return BertModel(BertConfig(**MINILM))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have weights of `dtype`: a conversion afterwards would cost memory that a run never needs."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)

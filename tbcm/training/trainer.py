@@ -68,7 +68,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.guard = NonFiniteGuard(config.train.max_non_finite, device)
         self.statistics = StepStatistics(device, self.method.sample_figures, self.method.figures)
-        self._figures: list[tuple[Figures, Figures]] = []  # of the step so far: of samples, and shares of the step's
+        self.figures: list[tuple[Figures, Figures]] = []  # of the step so far: of samples, and shares of the step's
         self.grad_norm = torch.zeros((), device=device)
         c = config.checkpoint
         self.writer = CheckpointWriter(
@@ -97,11 +97,11 @@ class Trainer:
             self._give_up()
             return False
         self.statistics.add_loss(loss)
-        for samples, shares in self._figures:
+        for samples, shares in self.figures:
             if samples:
                 self.statistics.add(samples)
             self.statistics.add_shares(shares)
-        self._figures.clear()
+        self.figures.clear()
         with phase("optimizer"):
             self._update(loss)
         self.step += 1
@@ -119,7 +119,7 @@ class Trainer:
 
     def _give_up(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self._figures.clear()
+        self.figures.clear()
         self.method.give_up()
 
     def _update(self, loss: Tensor) -> None:
@@ -150,8 +150,8 @@ class Trainer:
                     # Gradients are averaged over ranks, and each rank's loss is its share of the global mean.
                     self.scaler.scale(loss.value * distributed.world_size()).backward()
             total += loss.value.detach()
-            self._figures.append((loss.samples, loss.shares))
-            self._figures.append(({}, self.method.after_backward(i, last_batch=last_batch)))
+            self.figures.append((loss.samples, loss.shares))
+            self.figures.append(({}, self.method.after_backward(i, last_batch=last_batch)))
         return total
 
     def autocast(self) -> torch.autocast:

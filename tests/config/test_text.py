@@ -185,7 +185,7 @@ def text_fields(model: type, prefix: str = "") -> list[str]:
 
 def test_every_field_of_text_is_known_as_a_path_or_as_none() -> None:
     """A new field has to be put into one of these lists, and one that is a path to be a `UserPath`."""
-    others = "teacher.revision", "teacher.variant", "data.column", "data.caption_column"
+    others = "teacher.architecture", "teacher.revision", "teacher.variant", "data.column", "data.caption_column"
     assert {*text_fields(Config)} == {*FIELDS, *others}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from torch import nn
 from tbcm.errors import UserError
 from tbcm.method.types import Condition
 from tbcm.models.families.pipeline import FamilyPipeline
-from tbcm.models.families.rows import family_of
-from tbcm.models.families.text import RecordedConditions, encoders_of
+from tbcm.models.families.text import RecordedConditions
 from tbcm.models.families.writing import copy_pipeline
 from tbcm.models.pipeline import Pipeline
 
@@ -24,9 +22,8 @@ from tbcm.models.pipeline import Pipeline
 def test_encoders_alone_say_what_the_whole_pipeline_says(name: str, tmp_path: Path) -> None:
     tiny = make(name)
     tiny.pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    family = family_of(index["_class_name"])
-    pipe = encoders_of(str(tmp_path), index, family, torch.float32, torch.device("cpu"))
+    teacher = FamilyPipeline(Pipeline(str(tmp_path)))
+    family, pipe = teacher.family, teacher.load_text(torch.float32, torch.device("cpu")).pipe
     for key in ("prompt_template_encode", "prompt_template_encode_start_idx"):  # Qwen-Image's, in words that are known
         if hasattr(pipe, key):
             setattr(pipe, key, getattr(tiny.pipe, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from tbcm.models.families.codec import Codec, Pixels, codec_of
 from tbcm.models.families.export import FewSteps, few_steps
 from tbcm.models.families.family import Facts, Family
 from tbcm.models.families.rows import family_of
-from tbcm.models.families.text import RecordedConditions, encoders_of
+from tbcm.models.families.text import UNUSED, RecordedConditions, encoder_class, encoders_of
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline, check_multiple
 
@@ -160,33 +161,51 @@ class FamilyPipeline:
 
     def load_network(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         part = self.family.network
-        module: nn.Module = self._guarded(
-            part, lambda cls: cls.from_pretrained(self.location, torch_dtype=dtype, **self._of(part))
-        )
+        module: nn.Module = self.files.load(part, self._class(part), dtype, strict=True)
         return module.to(device).eval().requires_grad_(False)
 
     def load_teacher(self, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> DiffusersNetwork:
         """Frozen, with weights in `dtype`."""
-        net = DiffusersNetwork(
-            self.load_network(dtype, device), self.family, self.formulation, self.channels, compiled=compiled
-        )
+        return self.teacher_of(self.load_network(dtype, device), compiled=compiled)
+
+    def teacher_of(self, backbone: nn.Module, *, compiled: bool = False) -> DiffusersNetwork:
+        """The frozen teacher with this backbone."""
+        net = DiffusersNetwork(backbone, self.family, self.formulation, self.channels, compiled=compiled)
         net.eval().requires_grad_(False)
         return net
+
+    def untrained(self, part: str) -> Any:
+        """A component with the first weights of its class."""
+        return self._guarded(part, lambda cls: cls.from_config(self._config(part)))
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """None for a network of pixels."""
         if not self.index.get("vae"):
             return None
-        vae = self._guarded("vae", lambda cls: cls.from_pretrained(self.location, torch_dtype=dtype, **self._of("vae")))
-        return vae.eval().requires_grad_(False)
+        return self.files.load("vae", self._class("vae"), dtype).eval().requires_grad_(False)
 
     def load_text(self, dtype: torch.dtype, device: torch.device) -> RecordedConditions:
-        options = {"revision": self.revision} if self.revision else {}
+        encoders = {name: encoder.to(device) for name, encoder in self.load_encoders(dtype).items()}
+        return RecordedConditions(self.text_pipeline(encoders, dtype, device), self.family)
+
+    def load_encoders(self, dtype: torch.dtype, without: Container[str] = ()) -> dict[str, nn.Module]:
+        """Its text encoders by name, frozen, but for some."""
+        wanted = {part: cls for part, cls in self.encoder_classes.items() if part not in without}
+        loaded = {part: self.files.load(part, cls, dtype, heads=True) for part, cls in wanted.items()}
+        return {part: encoder.eval().requires_grad_(False) for part, encoder in loaded.items()}
+
+    @property
+    def encoder_classes(self) -> dict[str, Any]:
+        """Of the networks among `text_parts`, by name."""
+        found = {part: encoder_class(self.index[part]) for part in self.text_parts if part not in UNUSED}
+        return {part: cls for part, cls in found.items() if cls is not None}
+
+    def text_pipeline(self, encoders: Mapping[str, nn.Module], dtype: torch.dtype, device: torch.device) -> Any:
+        """The pipeline with these `encoders`, and without the weights of its network and its autoencoder."""
         try:
-            pipe = encoders_of(self.location, self.index, self.family, dtype, device, **options)
+            return encoders_of(self.location, self.index, self.family, dtype, device, encoders, **self.at_revision)
         except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: its text encoders cannot be loaded ({first_line(error)})") from None
-        return RecordedConditions(pipe, self.family)
 
     def encode(self, vae: Any, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] in [-1, 1] -> scaled latents xbar_0 [N, C, h, w], fp32."""
@@ -197,7 +216,12 @@ class FamilyPipeline:
         return self.codec.decode(vae, latents)
 
     def _of(self, part: str) -> dict[str, Any]:
-        return {"subfolder": part, **({"revision": self.revision} if self.revision else {})}
+        return {"subfolder": part, **self.at_revision}
+
+    @property
+    def at_revision(self) -> dict[str, Any]:
+        """What tells a `from_pretrained` which version of a hub's repository is meant."""
+        return {"revision": self.revision} if self.revision else {}
 
     def _config(self, part: str) -> dict[str, Any]:
         def read(cls: Any) -> dict[str, Any]:
@@ -206,12 +230,16 @@ class FamilyPipeline:
 
         return dict(self._guarded(part, read))
 
-    def _guarded(self, part: str, read: Any) -> Any:
+    def _class(self, part: str) -> Any:
         entry = self.index.get(part)
         if not isinstance(entry, list) or len(entry) < 2 or not hasattr(diffusers, str(entry[1])):
             raise UserError(f"{self.path}: its {part} is {entry!r} in model_index.json, no class of diffusers")
+        return getattr(diffusers, entry[1])
+
+    def _guarded(self, part: str, read: Any) -> Any:
+        cls = self._class(part)
         try:
-            return read(getattr(diffusers, entry[1]))
+            return read(cls)
         except (OSError, ImportError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path}: cannot load {part}/ ({first_line(error)})") from None
 

@@ -57,24 +57,43 @@ class RecordedConditions:
             raise UserError(f"{refused}: {first_line(error)}") from None
 
 
+def encoder_class(entry: Sequence[Any]) -> Any:
+    """The class of a component that is one of transformers' networks, by its entry in model_index.json: of that
+    library, or of a pipeline's own folder in diffusers. None for others."""
+    import transformers  # which takes a second, and cached conditions need none of it
+
+    library, name = (*entry, None, None)[:2]
+    home = transformers if library == "transformers" else getattr(diffusers.pipelines, str(library), None)
+    cls = getattr(home, str(name), None)
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
+
+
 def encoders_of(
-    location: str, index: Mapping[str, Any], family: Family, dtype: torch.dtype, device: torch.device, **options: Any
+    location: str,
+    index: Mapping[str, Any],
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    encoders: Mapping[str, nn.Module],
+    **options: Any,
 ) -> Any:
-    """The pipeline at `location` with all its weights but the network's and the autoencoder's, whose configurations
-    alone are read; `index` is its model_index.json, `options` go to from_pretrained."""
+    """The pipeline at `location` with these `encoders`, on their device; of its network and its autoencoder the
+    configurations alone are read. `index` is its model_index.json, `options` go to from_pretrained."""
     hollow = {
         part: _hollow(location, part, index[part][1], options) for part in (family.network, "vae") if part in index
     }
+    return execution_on(assembled(location, index, dtype, **hollow, **encoders, **options), device)
+
+
+def assembled(location: str, index: Mapping[str, Any], dtype: torch.dtype, **given: Any) -> Any:
+    """The pipeline at `location`, of components and other arguments that are given and the rest of that folder, but for
+    what nothing here uses."""
     cls = getattr(diffusers, index["_class_name"])
     taken = inspect.signature(cls.__init__).parameters
     left_out: dict[str, Any] = {part: None for part in UNUSED if part in taken}
     if "requires_safety_checker" in taken:
         left_out["requires_safety_checker"] = False
-    pipe = cls.from_pretrained(location, torch_dtype=dtype, **hollow, **left_out, **options)
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name not in hollow:
-            part.to(device).eval().requires_grad_(False)
-    return execution_on(pipe, device)
+    return cls.from_pretrained(location, torch_dtype=dtype, **left_out, **given)
 
 
 def _hollow(location: str, part: str, name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -119,6 +119,11 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
 """Arguments of diffusers' AutoencoderDC that goes with each of them."""
 
 
-def compression(name: str) -> int:
-    """Pixels per latent, along one side."""
-    return int(2 ** (len(AUTOENCODERS[name]["encoder_block_out_channels"]) - 1))
+def sana(name: str) -> dict[str, Any]:
+    """A pipeline of one of them, with what `tbcm.models.families.presets` says of others."""
+    return {
+        "_class_name": "SanaPipeline",
+        "transformer": ("SanaTransformer2DModel", SANA[name]),
+        "vae": ("AutoencoderDC", AUTOENCODERS[name]),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    }

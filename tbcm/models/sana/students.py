@@ -19,8 +19,13 @@ from tbcm.models.sana.network import SanaTrigFlow
 
 def load_teacher(pipeline: Pipeline, dtype: torch.dtype, device: torch.device, **options: Any) -> SanaTrigFlow:
     """The frozen teacher, with weights in `dtype`; `options` go to SanaTrigFlow."""
-    backbone = pipeline.load_transformer(dtype).to(device)
-    net = SanaTrigFlow(backbone, **{"timestep_scale": pipeline.timestep_scale, "differentiable": False} | options)
+    options.setdefault("timestep_scale", pipeline.timestep_scale)
+    return teacher_of(pipeline.load_transformer(dtype).to(device), **options)
+
+
+def teacher_of(backbone: SanaTransformer2DModel, timestep_scale: float, **options: Any) -> SanaTrigFlow:
+    """The frozen teacher with this backbone; `options` go to SanaTrigFlow."""
+    net = SanaTrigFlow(backbone, timestep_scale=timestep_scale, **{"differentiable": False} | options)
     freeze(net)
     return net
 
