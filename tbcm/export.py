@@ -34,9 +34,9 @@ def main() -> None:
         "--adapter", action="store_true", help="of a LoRA run: the adapter alone, for the teacher's own pipeline"
     )
     arguments = parser.parse_args()
-    from tbcm.inference.adapter import adapter_pipeline, export_adapter
+    from tbcm.inference.adapter import export_adapter
     from tbcm.inference.exporting import export
-    from tbcm.inference.pipeline_call import adapter_call, how_to_call
+    from tbcm.inference.pipeline_call import how_to_call
     from tbcm.inference.student import open_origin
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
@@ -45,8 +45,7 @@ def main() -> None:
         raise UserError(f"{out} exists already: choose another folder or remove it")
     run, average = str(arguments.run), arguments.weights == "ema"
     if arguments.adapter:
-        origin = export_adapter(run, out, dtype=dtype, average=average)
-        call = adapter_call(adapter_pipeline(origin), origin.config, str(out), dtype)
+        call = export_adapter(run, out, dtype=dtype, average=average)
     else:
         export(run, out, dtype=dtype, average=average)
         call = how_to_call(open_origin(str(out)), dtype)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tbcm.config import Config
 from tbcm.models.families.pipeline import FamilyPipeline
+from tbcm.models.loading import AnyPipeline
+from tbcm.models.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from tbcm.inference.student import Origin
 
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""diffusers' name."""
 PIPELINE_MULTIPLE = 32
 """SanaSprintPipeline refuses heights and widths that are no multiples of it."""
 
 
-def call_of(config: Config, folder: str, dtype: torch.dtype) -> str:
-    """Python code that makes an image in one step, of the first size that the student was trained on.
+def call_of(config: Config, folder: str, dtype: torch.dtype, adapter: Sequence[str] = ()) -> str:
+    """Python code that makes an image in one step, of the first size that the student was trained on; `adapter`: lines
+    that add one to the pipeline in `folder`.
 
     Height and width are given, and the pipeline's binning is off: it maps every size to one of about 1024 px, and fails
     for a transformer whose sample_size is not 32. `intermediate_timesteps` is for two steps, where its default, 1.3, is
@@ -45,6 +51,7 @@ def call_of(config: Config, folder: str, dtype: torch.dtype) -> str:
         *["from tbcm.models.text import MiniLMEncoder"] * minilm,
         "",
         f"pipe = diffusers.SanaSprintPipeline.from_pretrained({folder!r}, torch_dtype={dtype}{parts})",
+        *adapter,
         'pipe.to("cuda")',
         *[f'embeds, mask = MiniLMEncoder({config.text.max_tokens}, "cuda").encode(["a red panda"])'] * minilm,
         "image = pipe(",
@@ -76,20 +83,26 @@ def family_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: to
     return _code([*lines, *_call(pipeline, config, steps)])
 
 
-def adapter_call(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
-    """As `family_call`, for an adapter in `folder` and the teacher's pipeline."""
-    teacher = config.teacher
-    named = {"revision": pipeline.revision, "variant": teacher.variant}
+def adapter_call(pipeline: AnyPipeline, config: Config, folder: str, dtype: torch.dtype, steps: int = 1) -> str:
+    """As `family_call` (of a SanaSprintPipeline `call_of`), for an adapter in `folder` and the teacher's pipeline."""
+    path, weights = config.teacher.path, f'pipe.load_lora_weights({folder!r}, weight_name="{ADAPTER}")'
+    if isinstance(pipeline, Pipeline):
+        return call_of(config, path, dtype, [_with_scheduler("SCMScheduler", folder), weights])
+    named = {"revision": pipeline.revision, "variant": pipeline.files.variant_of(pipeline.family.network)}
     options = "".join(f", {name}={value!r}" for name, value in named.items() if value)
     scheduler = type(pipeline.few_steps(steps, config.resolution[0]).scheduler).__name__
     return _code(
         [
-            f"pipe = diffusers.DiffusionPipeline.from_pretrained({teacher.path!r}{options}, torch_dtype={dtype})",
-            f'pipe.scheduler = diffusers.{scheduler}.from_pretrained({folder!r}, subfolder="scheduler")',
-            f'pipe.load_lora_weights({folder!r}, weight_name="pytorch_lora_weights.safetensors")',
+            f"pipe = diffusers.DiffusionPipeline.from_pretrained({path!r}{options}, torch_dtype={dtype})",
+            _with_scheduler(scheduler, folder),
+            weights,
             *_call(pipeline, config, steps),
         ]
     )
+
+
+def _with_scheduler(name: str, folder: str) -> str:
+    return f'pipe.scheduler = diffusers.{name}.from_pretrained({folder!r}, subfolder="scheduler")'
 
 
 def _call(pipeline: FamilyPipeline, config: Config, steps: int) -> list[str]:
@@ -127,10 +140,14 @@ In four steps:
 """
 
 
-def adapter_card(pipeline: FamilyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
+def adapter_card(pipeline: AnyPipeline, config: Config, folder: str, dtype: torch.dtype) -> str:
     """README.md of an adapter's folder."""
-    scale = config.method.default_guidance
-    at = "" if pipeline.family.guidance else f" It is for guidance {scale:g} alone, the middle one of those trained on."
+    scale, at = config.method.default_guidance, ""
+    more = "`intermediate_timesteps` is for two steps, where its default fits: leave it out there.\n"
+    if isinstance(pipeline, FamilyPipeline):
+        if not pipeline.family.guidance:
+            at = f" It is for guidance {scale:g} alone, the middle one of those trained on."
+        more = f"In four steps:\n\n```python\n{adapter_call(pipeline, config, folder, dtype, 4)}```\n"
     return f"""---
 library_name: diffusers
 base_model: {config.teacher.path}
@@ -143,11 +160,7 @@ configuration.{at}
 ```python
 {adapter_call(pipeline, config, folder, dtype)}```
 
-In four steps:
-
-```python
-{adapter_call(pipeline, config, folder, dtype, 4)}```
-
+{more}
 Where its layers have biases (`lora_B.bias`), those are part of it: a program that leaves them out makes other images,
 and `pipe.fuse_lora()` refuses them where the network's own layers have none. `python -m tbcm.export` without
 `--adapter` writes a whole pipeline instead.

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tbcm.config import Config, load_config, parse_config
 from tbcm.errors import UserError
+from tbcm.inference.pipeline_call import ADAPTER
 from tbcm.models.families.pipeline import FamilyPipeline, open_pipeline
 from tbcm.models.loading import AnyPipeline, freeze
 from tbcm.models.pipeline import Pipeline
@@ -17,15 +19,20 @@ from tbcm.models.sana.students import load_teacher
 from tbcm.runtime import checkpoint
 from tbcm.runtime.ema import EMA
 from tbcm.runtime.trained import TrainedWeights
-from tbcm.setup.networks import AnyNetwork, build_student, build_teacher, pipeline_of, with_flash_attention
+from tbcm.setup.networks import (
+    AnyNetwork,
+    build_student,
+    build_teacher,
+    pipeline_of,
+    untrained_teacher,
+    with_flash_attention,
+)
 from tbcm.setup.precision import student_weights
 
 RUN_CONFIG = "config.yaml"
 PIPELINE_CONFIG = "tbcm.yaml"
 NO_PROMPTS = os.devnull
 """Those of a pipeline that this package did not write."""
-ADAPTER = "pytorch_lora_weights.safetensors"
-"""diffusers' name."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,32 @@ def load_student(
     return load_teacher(pipeline, dtype, device, timestep_scale=scale)
 
 
-def student_of_run(origin: Origin, device: torch.device, *, average: bool, merged: bool = True) -> AnyNetwork:
-    """The frozen student of a run's newest checkpoint, in fp32; `merged`: with its adapters, if any, in its weights."""
+def student_of_run(origin: Origin, device: torch.device, *, average: bool) -> AnyNetwork:
+    """The frozen student of a run's newest checkpoint, in fp32, with its adapters, if any, in its weights."""
     lora = origin.config.student.lora
     # Adapters are added to weights in full precision.
     teacher = build_teacher(origin.config, device, torch.float32 if lora else None)
-    student = build_student(origin.config, teacher)
+    student = _of_checkpoint(origin, build_student(origin.config, teacher), average=average)
+    if lora:
+        from tbcm.models.lora import merge
+
+        merge(student)
+    return student
+
+
+def adapter_of_run(origin: Origin, *, average: bool) -> AnyNetwork:
+    """The frozen student of a LoRA run's newest checkpoint: what was trained, in fp32 on the CPU. The teacher's weights
+    are not read, and have no data."""
+    student = build_student(origin.config, untrained_teacher(origin.config, origin.pipeline, torch.device("meta")))
+    for module in student.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if weight.requires_grad:
+                setattr(module, name, nn.Parameter(torch.zeros(weight.shape)))
+    return _of_checkpoint(origin, student, average=average)
+
+
+def _of_checkpoint(origin: Origin, student: AnyNetwork, *, average: bool) -> AnyNetwork:
+    """`student`, frozen, with what was trained."""
     if average:
         ema = EMA(student)
         checkpoint.load(origin.path, {"ema": ema})
@@ -121,8 +148,4 @@ def student_of_run(origin: Origin, device: torch.device, *, average: bool, merge
     else:
         checkpoint.load(origin.path, {"student": TrainedWeights(student)})
     freeze(student)
-    if lora and merged:
-        from tbcm.models.lora import merge
-
-        merge(student)
     return student

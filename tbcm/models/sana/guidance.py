@@ -15,7 +15,7 @@ def guidance_shift(student: SanaTrigFlow, guidance: float) -> Tensor:
     """What a guidance scale adds behind the second layer of the time's embedder, [D]."""
     assert student.guidance_scale is not None
     embed = student.backbone.time_embed
-    w = torch.full((1,), guidance, device=next(student.parameters()).device)
+    w = torch.full((1,), guidance, device=embed.guidance_embedder.linear_1.weight.device)
     waves = embed.guidance_condition_proj(w * student.guidance_scale)
     shift: Tensor = embed.guidance_embedder(waves.to(embed.guidance_embedder.linear_1.weight.dtype))[0]
     return shift
