@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, get_args
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 
 from tbcm.config.card import with_card
 from tbcm.config.methods import Discrete, Dmd2, Method, Tbcm
@@ -44,6 +44,10 @@ class Config(Section):
         description="of images, in pixels: 1024, [height, width], or a list of such sizes of which each step draws one;"
         " the first is that of previews and of what is exported",
     )
+    frames: PositiveInt = Field(
+        1,
+        description="of a sample, where the teacher makes videos (Wan: 1, 5, 9, ...); saved one below the other",
+    )
     teacher: Teacher
     data: Data
     text: Text = Text()
@@ -64,6 +68,8 @@ class Config(Section):
                 f"{_of_images(self.method)} needs data.images ('icons', a folder of images with a metadata.jsonl,"
                 " or .tar shards) or, with data.images=null, data.latents (what tbcm.encode_images wrote)"
             )
+        if self.method.from_images and self.frames > 1:
+            raise ValueError(f"{_of_images(self.method)} needs frames=1 (now {self.frames}): images are no videos")
         if self.method.judge and self.teacher.fp8:
             raise ValueError(
                 f"{_judged(self.method)} needs teacher.fp8=false: its discriminator needs the teacher's gradient"

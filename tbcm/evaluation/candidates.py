@@ -40,6 +40,8 @@ def open_candidates(
     """What is at `path` (`teacher`: the teacher there, in the student's place), and its teacher: a run's own,
     `agree_with`, or a teacher itself. Every rank calls it."""
     origin = open_origin(path)
+    if (frames := origin.config.frames) > 1:
+        raise UserError(f"{path}: makes videos of {frames} frames, and all that is measured here is of images")
     # Before the weights are read: of a run that goes on, they may then be newer than said, never older.
     identity = _identity(origin, teacher=teacher, average=average)
     sampler = open_sampler(path, teacher=teacher, average=average, device=device.type)

@@ -51,7 +51,7 @@ class Origin:
         """Where VAE, text encoder and scheduler lie: the teacher's folder for a run."""
         if self.is_run:
             return pipeline_of(self.config)
-        return open_pipeline(Pipeline(self.path))
+        return open_pipeline(Pipeline(self.path, frames=self.config.frames))
 
 
 def open_origin(path: str) -> Origin:

@@ -90,6 +90,7 @@ def black_latents(
 
     vae = model_identity(pipeline.location, pipeline.revision, ["vae"])
     name = hashlib.sha256(key_of_model(vae).encode()).hexdigest()[:8]
+    name += f"-{pipeline.frames}-frames" if pipeline.frames > 1 else ""
     own, cache = Path(pipeline.location) / "black_latent.safetensors", folder / f"black_latent-{name}.safetensors"
     given, made = (_stored_latents(pipeline, sizes, file) for file in (own, cache))
     found = made | given
@@ -97,10 +98,11 @@ def black_latents(
         encoder = pipeline.load_vae(torch.float32)
         encoder = encoder and encoder.to(device)  # there is none where a network makes pixels
         for size in missing:
-            made[size] = pipeline.encode(encoder, -torch.ones(1, 3, *size, device=device))[0].cpu()
+            black = -torch.ones(1, 3, pipeline.frames * size[0], size[1], device=device)
+            made[size] = pipeline.encode(encoder, black)[0].cpu()
         others = load_file(cache) if cache.is_file() else {}  # of an earlier run here, of other sizes
         with atomic_path(cache) as temporary:
-            save_file(others | {shown_size(size): black for size, black in made.items()}, temporary)
+            save_file(others | {shown_size(size): latent for size, latent in made.items()}, temporary)
         found |= made
     return {size: found[size].to(device) for size in sizes}
 

@@ -52,12 +52,14 @@ def check_multiple(size: Size, multiple: int) -> None:
 @dataclass(frozen=True)
 class Pipeline:
     """A diffusers pipeline folder or hub id: what is in it, without loading it. `path` 'icons' is the shipped one;
-    `variant` is of its weights' files (such as bf16), None the plain ones or the only ones there are."""
+    `variant` is of its weights' files (such as bf16), None the plain ones or the only ones there are; `frames`: of a
+    sample, where it makes videos."""
 
     path: str
     revision: str | None = None
     given_timestep_scale: float | None = None
     variant: str | None = None
+    frames: int = 1
 
     @cached_property
     def location(self) -> str:
@@ -127,6 +129,8 @@ class Pipeline:
 
     def check_size(self, size: Size) -> None:
         """Raises UserError where the network makes no images of it."""
+        if self.frames > 1:
+            raise UserError(f"frames = {self.frames}: {self.path} makes images; leave it out")
         check_multiple(size, self.compression * int(self.config("transformer")["patch_size"]))
 
     @property

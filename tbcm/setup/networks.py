@@ -31,7 +31,7 @@ AnyNetwork = SanaTrigFlow | DiffusersNetwork
 def files_of(config: Config) -> Pipeline:
     """The teacher's files, of whatever pipeline class."""
     teacher = config.teacher
-    return Pipeline(teacher.path, teacher.revision, teacher.timestep_scale, teacher.variant)
+    return Pipeline(teacher.path, teacher.revision, teacher.timestep_scale, teacher.variant, config.frames)
 
 
 def pipeline_of(config: Config) -> AnyPipeline:

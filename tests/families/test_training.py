@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tbcm.inference.generation import NoiseSource, open_sampler
 from tbcm.inference.student import open_origin
 from tbcm.models.families import rows
 from tbcm.models.families.pipeline import FamilyPipeline
+from tbcm.models.pipeline import Pipeline
 from tbcm.setup.images import build_latents
 from tbcm.setup.parts import build_parts
 from tbcm.training.trainer import Trainer
@@ -98,6 +100,11 @@ def test_train_resume_export_and_sample(name: str, tmp_path: Path) -> None:
     for key, value in weights(again).items():
         assert torch.equal(value, after[key]), key
     prompts = (tmp_path / "prompts.txt").read_text().split("\n")
+    sampled_and_exported(name, prompts, tmp_path)
+
+
+def sampled_and_exported(name: str, prompts: list[str], tmp_path: Path) -> None:
+    """A run's latents, and those of its export, here and with diffusers."""
     ours = open_sampler(str(tmp_path / "run"), device="cpu")
     latents = ours.latents(prompts[:1], steps=1, seed=3)
     assert latents.shape[1:] == ours.shape and latents.isfinite().all()
@@ -110,6 +117,27 @@ def test_train_resume_export_and_sample(name: str, tmp_path: Path) -> None:
     theirs = open_sampler(str(tmp_path / "out"), device="cpu")
     torch.testing.assert_close(theirs.latents(prompts[:1], steps=1, seed=3), latents, rtol=1e-3, atol=1e-4)
     by_diffusers(tmp_path / "out", prompts[:1], latents)
+
+
+def test_videos(tmp_path: Path) -> None:
+    """Of several frames, which latents and images have one below the other."""
+    config = written("wan", tmp_path).model_copy(update={"frames": 5})
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    trainer = Trainer(config, CPU, build_parts(config, CPU))
+    (black,) = trainer.parts.black.values()
+    pipeline = open_origin(str(tmp_path / "run")).pipeline
+    assert isinstance(pipeline, FamilyPipeline) and pipeline.channels[1] == 3  # of the first, and of two each
+    assert black.shape == (pipeline.channels[0], 3 * 16 // pipeline.compression, 16 // pipeline.compression)
+    pixels = pipeline.decode(pipeline.load_vae(torch.float32), black[None])
+    assert pixels.shape == (1, 3, 5 * 16, 16)
+    trainer.run()
+    sampled_and_exported("wan", ["a red panda"], tmp_path)
+    assert open_sampler(str(tmp_path / "out"), device="cpu")(["a red panda"], steps=1).shape == (1, 3, 80, 16)
+    refused = (4, "wan", "should be 1, 3, 5, ..."), (5, "sd3", "StableDiffusion3Pipeline makes images")
+    for frames, name, words in refused:
+        make(name).pipe.save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=words):
+            FamilyPipeline(Pipeline(str(tmp_path / name), frames=frames)).check_size((16, 16))
 
 
 def of_images(name: str, folder: Path, method: dict[str, Any]) -> Config:
@@ -229,7 +257,8 @@ def draws_the_same(pipe: Any, pipeline: FamilyPipeline, prompts: list[str], late
     """`pipe`, with its scheduler, in one step."""
     pipe.set_progress_bar_config(disable=True)
     noise = NoiseSource(3, range(1), latents.shape[1:], CPU)()
-    size = tuple(side * pipeline.codec.compression for side in latents.shape[-2:])
+    below = math.prod(pipeline.channels[1:])  # a video's frames
+    size = latents.shape[-2] // below * pipeline.compression, latents.shape[-1] * pipeline.compression
     shape = pipeline.codec.shape(*size)
     packed = pipeline.family.layout.pack(noise, shape)
     packed = torch.stack(packed) if isinstance(packed, list) else packed

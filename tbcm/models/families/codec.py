@@ -92,18 +92,23 @@ class Video(Codec):
         return self.config["z_dim"], self._latent_frames, *spatial
 
     @property
+    def temporal(self) -> int:
+        """Frames per latent, but for the first one, which has its own."""
+        return int(self.config.get("scale_factor_temporal") or 2 ** sum(self.config["temperal_downsample"]))
+
+    @property
     def _latent_frames(self) -> int:
-        temporal = int(self.config.get("scale_factor_temporal") or 2 ** sum(self.config["temperal_downsample"]))
-        return (self.frames - 1) // temporal + 1
+        return (self.frames - 1) // self.temporal + 1
 
     @torch.no_grad()
     def encode(self, vae: Any, images: Tensor) -> Tensor:
-        """Of images alone."""
-        return self.scaled(vae.encode(images.unsqueeze(2).to(vae.dtype)).latent_dist.mode().float()).flatten(2, 3)
+        """Of videos whose frames stand one below the other."""
+        frames = images.unflatten(2, (self.frames, -1))
+        return self.scaled(vae.encode(frames.to(vae.dtype)).latent_dist.mode().float()).flatten(2, 3)
 
     @torch.no_grad()
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """A video's frames stand one below the other, as its latents do."""
+        """The inverse."""
         z = self.unscaled(latents.unflatten(2, (self._latent_frames, -1)))
         return vae.decode(z.to(vae.dtype), return_dict=False)[0].float().flatten(2, 3)
 

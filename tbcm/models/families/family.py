@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -118,6 +118,14 @@ class Family:
         """Latents that make a token, along one side, of a network with this configuration."""
         patch = config.get("patch_size") or config.get("all_patch_size") or 1
         return max(patch if isinstance(patch, int) else patch[-1], self.layout.patch)
+
+    @property
+    def makes_videos(self) -> bool:
+        return "num_frames" in self.always
+
+    def of_frames(self, frames: int) -> Family:
+        """The same, called for videos of so many frames, where it makes videos."""
+        return replace(self, always={**self.always, "num_frames": frames}) if self.makes_videos else self
 
     def sized_call(self, size: Size) -> dict[str, Any]:
         """Arguments of the pipeline's call for images of this size."""

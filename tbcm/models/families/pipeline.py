@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tbcm.config.resolution import Size, shown_size
 from tbcm.errors import UserError, first_line
 from tbcm.method.formulation import Formulation
-from tbcm.models.families.codec import Codec, Pixels, codec_of
+from tbcm.models.families.codec import Codec, Pixels, Video, codec_of
 from tbcm.models.families.export import FewSteps, few_steps
 from tbcm.models.families.family import Facts, Family
 from tbcm.models.families.rows import family_of
@@ -54,7 +54,12 @@ class FamilyPipeline:
 
     @cached_property
     def family(self) -> Family:
-        return family_of(str(self.index.get("_class_name")))
+        return family_of(str(self.index.get("_class_name"))).of_frames(self.frames)
+
+    @property
+    def frames(self) -> int:
+        """Of a sample."""
+        return self.files.frames
 
     @cached_property
     def scheduler(self) -> Any:
@@ -70,7 +75,7 @@ class FamilyPipeline:
         unit = getattr(self.formulation, "sigma_data", 1.0)  # EDM's data have another std than 1
         if not self.index.get("vae"):
             return Pixels(self.network_config, unit)
-        return codec_of(self.index["vae"][1], self._config("vae"), unit)
+        return codec_of(self.index["vae"][1], self._config("vae"), unit, self.frames)
 
     @cached_property
     def formulation(self) -> Formulation:
@@ -112,7 +117,8 @@ class FamilyPipeline:
         return self.family.layout.shape(self.codec.shape(*size))
 
     def check_size(self, size: Size) -> None:
-        """Raises UserError where the network makes no images of it."""
+        """Raises UserError where the network makes no images of it, or no videos of so many frames."""
+        self._check_frames()
         check_multiple(size, self._token)
         rows, columns = size[0] // self._token, size[1] // self._token
         if not self.family.sized and size != (self.trained_size,) * 2:
@@ -125,6 +131,14 @@ class FamilyPipeline:
             raise UserError(
                 f"resolution = {shown_size(size)}: this teacher has positions for sides of up to {most * self._token}"
             )
+
+    def _check_frames(self) -> None:
+        if self.frames == 1:
+            return
+        if not self.family.makes_videos or not isinstance(self.codec, Video):
+            raise UserError(f"frames = {self.frames}: {self.family.pipeline} makes images; leave it out")
+        if (self.frames - 1) % (step := self.codec.temporal):
+            raise UserError(f"frames = {self.frames}: should be 1, {1 + step}, {1 + 2 * step}, ... for this teacher")
 
     @property
     def _token(self) -> int:
