@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import SanaSprintPipeline, SanaTransformer2DModel
 from helpers import random_condition, tiny_sana
 from torch import Tensor
 
@@ -50,3 +51,23 @@ class Batch:
         loss = (answer.F * self.weight).sum()
         (loss if answer.logvar is None else loss + answer.logvar.sum()).backward()
         return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def sprint_latents(
+    pipe: SanaSprintPipeline, embeds: Tensor, mask: Tensor, draws: Sequence[torch.Generator], steps: int
+) -> Tensor:
+    """What plain diffusers draws of 64 px, with guidance 2.5."""
+    pipe.set_progress_bar_config(disable=True)
+    latents: Tensor = pipe(
+        prompt_embeds=embeds,
+        prompt_attention_mask=mask.float(),
+        num_inference_steps=steps,
+        intermediate_timesteps=1.3 if steps == 2 else None,
+        guidance_scale=2.5,
+        generator=[*draws],
+        height=64,
+        width=64,
+        use_resolution_binning=False,
+        output_type="latent",
+    )[0]
+    return latents

@@ -21,6 +21,7 @@ from diffusers import SanaPipeline, SanaSprintPipeline
 from helpers import tiny_sana
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sana_cases import sprint_latents
 from tiny import metrics, write_config, write_teacher
 from warm_processes import started
 
@@ -146,7 +147,6 @@ def test_exported_student_is_a_sana_sprint_pipeline_with_our_latents(call: Run, 
     assert printed.split("\n\n", 1)[1] in (out / "README.md").read_text()
     assert_one_line(call(export.main, finished, out), str(out), "exists")
     pipeline = SanaSprintPipeline.from_pretrained(out, text_encoder=None, tokenizer=None)  # it was MiniLM's
-    pipeline.set_progress_bar_config(disable=True)
     ours, again = open_sampler(str(finished), device="cpu"), open_sampler(str(out), device="cpu")
     names = ["a red ball", "a blue ball"]
     embeds, mask = ours.text.encoder.encode(names)
@@ -154,18 +154,7 @@ def test_exported_student_is_a_sana_sprint_pipeline_with_our_latents(call: Run, 
         latents = ours.latents(names, steps=steps, guidance=2.5, seed=3)
         torch.testing.assert_close(again.latents(names, steps=steps, guidance=2.5, seed=3), latents)
         draws = [generator_of(3, i) for i in range(2)]
-        theirs = pipeline(
-            prompt_embeds=embeds,
-            prompt_attention_mask=mask.float(),
-            num_inference_steps=steps,
-            intermediate_timesteps=1.3 if steps == 2 else None,
-            guidance_scale=2.5,
-            generator=draws,
-            height=64,
-            width=64,
-            use_resolution_binning=False,
-            output_type="latent",
-        )[0]
+        theirs = sprint_latents(pipeline, embeds, mask, draws, steps)
         torch.testing.assert_close(latents, theirs, rtol=1e-4, atol=1e-4)
 
 

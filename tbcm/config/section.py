@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Switch = Literal["auto"] | bool
+TangentMode = Literal["one_pass", "two_pass"]
+Derivative = Literal["dual", "jvp"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):

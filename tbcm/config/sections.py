@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tbcm.config.paths import UserData, UserFolder, UserPath
-from tbcm.config.section import NonNegativeInt, Precision, Section, Switch
+from tbcm.config.section import (
+    Checkpointing,
+    Derivative,
+    NonNegativeInt,
+    Precision,
+    Section,
+    Switch,
+    TangentMode,
+)
 
 
 class Teacher(Section):
@@ -113,13 +121,13 @@ class Student(Section):
         " teacher's precision; null: all weights",
     )
     precision: Precision = Field("auto", description="of the computation; weights that are trained stay fp32")
-    tangent: Literal["one_pass", "two_pass"] = Field(
+    tangent: TangentMode = Field(
         "one_pass", description="prediction and tangent from one pass of the network, or from a pass each"
     )
-    derivative: Literal["dual", "jvp"] = Field(
+    derivative: Derivative = Field(
         "dual", description="dual: hand-written forward-mode rules; jvp: torch.func.jvp, which does half as much again"
     )
-    checkpointing: Literal["none", "selective", "full"] = Field(
+    checkpointing: Checkpointing = Field(
         "none",
         description="what backward recomputes of a block's values (never its tangents): nothing, all but the linear"
         " layers, or everything. A compiled block is at least selective by itself. With a discriminator also of the"

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tbcm.config.resolution import Size, shown_size
+from tbcm.config.section import Checkpointing, TangentMode
 from tbcm.config.sections import Lora
 from tbcm.errors import UserError, first_line
 from tbcm.models.families.pipeline import FamilyPipeline
 from tbcm.models.identity import key_of_model, model_identity
 from tbcm.models.network import DiffusersNetwork
 from tbcm.models.pipeline import Pipeline
-from tbcm.models.sana.network import Checkpointing, TangentMode
 
 AnyPipeline = Pipeline | FamilyPipeline
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tbcm.config.section import Checkpointing, TangentMode
 from tbcm.errors import UserError
 from tbcm.method.formulation import Formulation
 from tbcm.method.rollout import Velocity
@@ -21,7 +22,6 @@ from tbcm.models.differentiation.explicit import Differentiable, ExactTime
 from tbcm.models.embedders import GuidanceEmbedding, time_embedders
 from tbcm.models.families.family import Family
 from tbcm.models.flash import FlashAttention
-from tbcm.models.sana.network import Checkpointing, TangentMode
 
 
 class DiffusersNetwork(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from helpers import tiny_sana
+from sana_cases import sprint_latents
 from tiny import tiny_config, tiny_vae
 
 from tbcm.config import Config
@@ -51,21 +52,8 @@ def run(tmp_path: Path) -> Config:
 
 
 def drawn_by(pipe: SanaSprintPipeline, sampler: Any, steps: int) -> torch.Tensor:
-    embeds, mask = sampler.text.encoder.encode(["a red ball"])
-    pipe.set_progress_bar_config(disable=True)
-    latents: torch.Tensor = pipe(
-        prompt_embeds=embeds,
-        prompt_attention_mask=mask.float(),
-        num_inference_steps=steps,
-        intermediate_timesteps=1.3 if steps == 2 else None,
-        guidance_scale=2.5,
-        generator=[generator("cpu", 3, 0, "sample")],
-        height=64,
-        width=64,
-        use_resolution_binning=False,
-        output_type="latent",
-    )[0]
-    return latents
+    draws = [generator("cpu", 3, 0, "sample")]
+    return sprint_latents(pipe, *sampler.text.encoder.encode(["a red ball"]), draws, steps)
 
 
 def test_it_is_an_adapter_of_sanas_sprint_pipeline(

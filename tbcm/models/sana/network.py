@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Literal
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -18,6 +17,7 @@ from tbcm_kernels.catalog import Dual
 from tbcm_kernels.norm_modulate import norm_modulate
 from torch import Tensor, nn
 
+from tbcm.config.section import Checkpointing, Derivative, TangentMode
 from tbcm.method.rollout import Velocity, guided
 from tbcm.method.trigflow import T_MAX, flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
@@ -27,9 +27,6 @@ from tbcm.models.differentiation.dual import activations_dtype, dual, tangent_ru
 from tbcm.models.differentiation.tangent import push
 from tbcm.models.sana.block import KeysValues, SanaBlock, plain_norm
 
-TangentMode = Literal["one_pass", "two_pass"]
-Derivative = Literal["dual", "jvp"]
-Checkpointing = Literal["none", "selective", "full"]
 Text = list[Tensor | KeysValues]
 """For each block, the text's states or the block's keys and values of it."""
 

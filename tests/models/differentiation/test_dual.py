@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tbcm.config.section import Derivative
 from tbcm.method.types import Condition
 from tbcm.models.differentiation import dual as rules
 from tbcm.models.sana.block import mix_ffn
-from tbcm.models.sana.network import Derivative, SanaTrigFlow
+from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.sana.presets import SANA
 from tbcm.training.accounting import CostCounter
 
