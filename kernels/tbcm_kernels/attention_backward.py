@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tbcm_kernels.attention_tiles import as_tokens, blocks, constants, exponents, in_tokens, sizes, strides
 from tbcm_kernels.heads import inner, is_half, load_head, outer, store_head, with_rows, zero_head
-from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.launch import jit, launch, operator, tl, triton
 
 
 @jit
@@ -130,7 +130,7 @@ def _blocks(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int
     return (blocks(128, 32, 8), blocks(32, 128, 8)) if dim <= 128 else (blocks(64, 32, 8), blocks(16, 64, 8))
 
 
-@torch.library.custom_op("tbcm::fused_attention_backward", mutates_args=())
+@operator("tbcm::fused_attention_backward")
 def fused_attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,10 +157,3 @@ def fused_attention_backward(
         **constants(q, k, bias, scale, over_keys),
     )  # fmt: skip
     return dq, dk, dv
-
-
-@fused_attention_backward.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, stats: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return in_tokens(q), in_tokens(k), in_tokens(v)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tbcm_kernels.attention_backward import fused_attention_backward
 from tbcm_kernels.attention_tiles import blocks, constants, exponents, in_tokens, sizes, strides
 from tbcm_kernels.heads import inner, is_half, load_head, outer, store_head, with_rows, zero_head
-from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.launch import jit, launch, operator, tl, triton
 
 
 @jit
@@ -102,7 +102,7 @@ def _blocks(dim: int, dtype: torch.dtype) -> dict[str, int]:
     return blocks(128, 64 if dim <= 64 else 32, 8) if dim <= 128 else blocks(32, 32, 8)
 
 
-@torch.library.custom_op("tbcm::fused_attention", mutates_args=())
+@operator("tbcm::fused_attention")
 def fused_attention(
     q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, bias: Tensor | None,
     scale: float,
@@ -120,14 +120,6 @@ def fused_attention(
         **constants(q, k, bias, scale, tile),
     )  # fmt: skip
     return out, tangent, stats
-
-
-@fused_attention.register_fake
-def _(
-    q: Tensor, dq: Tensor | None, k: Tensor, dk: Tensor | None, v: Tensor, dv: Tensor | None, bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _results(q, dq)
 
 
 def _results(q: Tensor, dq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

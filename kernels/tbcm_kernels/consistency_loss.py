@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tbcm_kernels.catalog import Cost, Operator, Size, nbytes
 from tbcm_kernels.dispatch import fused
-from tbcm_kernels.launch import jit, launch, tl, triton, wide
+from tbcm_kernels.launch import jit, launch, operator, tl, triton, wide
 from tbcm_kernels.tangent import chunk
 
 
@@ -44,7 +44,7 @@ def reference(
 @jit
 def _squares_kernel(g, keep, sums, size, BLOCK: tl.constexpr):
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    used = tl.where(tl.load(keep + sample), size, 0)
+    used = tl.where(tl.load(keep + sample) != 0, size, 0)
     within = part * BLOCK + tl.arange(0, BLOCK)
     residual = tl.load(g + sample * size + within, mask=within < used, other=0.0)
     tl.store(sums + sample * tl.num_programs(1) + part, tl.sum(residual * residual, axis=0))
@@ -61,12 +61,13 @@ def _loss_kernel(
     sums, logvar, t, keep, loss, error, count, sigma_data, batch, size, parts,
     WIDE: tl.constexpr, SAMPLES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    count, sigma_data = tl.full((), count, WIDE), tl.full((), sigma_data, WIDE)
     total = tl.zeros([SAMPLES], WIDE)
     each = tl.arange(0, PARTS)[None, :]
     for first in range(0, batch, SAMPLES):
         sample = first + tl.arange(0, SAMPLES)
         inside = sample < batch
-        kept = inside & tl.load(keep + sample, mask=inside, other=0)
+        kept = inside & (tl.load(keep + sample, mask=inside, other=0) != 0)
         squares = tl.load(sums + sample[:, None] * parts + each, mask=inside[:, None] & (each < parts), other=0.0)
         mean = tl.sum(squares, axis=1) / size
         tl.store(error + sample, mean, mask=inside)
@@ -81,7 +82,8 @@ def _gradient_kernel(
     dloss, g, logvar, t, keep, error, dF, dlogvar, count, sigma_data, size, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    kept = tl.load(keep + sample)
+    count, sigma_data = tl.full((), count, WIDE), tl.full((), sigma_data, WIDE)
+    kept = tl.load(keep + sample) != 0
     scale = _scale(tl.load(t + sample), tl.load(logvar + sample).to(WIDE), sigma_data)
     share = tl.load(dloss) / count
     if part == 0:
@@ -93,7 +95,7 @@ def _gradient_kernel(
     tl.store(dF + at, factor * (2.0 * residual), mask=within < size)
 
 
-@torch.library.custom_op("tbcm::consistency_loss", mutates_args=())
+@operator("tbcm::consistency_loss")
 def _consistency_loss(
     F: Tensor, g: Tensor, logvar: Tensor, t: Tensor, keep: Tensor, count: int, sigma_data: float
 ) -> tuple[Tensor, Tensor]:
@@ -110,14 +112,7 @@ def _consistency_loss(
     return loss, error
 
 
-@_consistency_loss.register_fake
-def _(
-    F: Tensor, g: Tensor, logvar: Tensor, t: Tensor, keep: Tensor, count: int, sigma_data: float
-) -> tuple[Tensor, Tensor]:
-    return t.new_empty(()), t.new_empty(t.shape)
-
-
-@torch.library.custom_op("tbcm::consistency_loss_backward", mutates_args=())
+@operator("tbcm::consistency_loss_backward")
 def _gradient(
     dloss: Tensor,
     g: Tensor,
@@ -139,21 +134,6 @@ def _gradient(
         **{"WIDE": wide(g.dtype), "BLOCK": block, "num_warps": block // 256},
     )
     return dF, dlogvar
-
-
-@_gradient.register_fake
-def _(
-    dloss: Tensor,
-    g: Tensor,
-    logvar: Tensor,
-    t: Tensor,
-    keep: Tensor,
-    error: Tensor,
-    count: int,
-    sigma_data: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return g.new_empty(g.shape, dtype=dtype), logvar.new_empty(logvar.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -28,7 +28,7 @@ from tbcm_kernels import dispatch
 from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
 from tbcm_kernels.cross_attention_backward import cross_attention_backward, head_constants, queries_per_prompt
 from tbcm_kernels.heads import inner, is_half, load_head, outer, store_head, with_rows, zero_head
-from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.launch import jit, launch, operator, tl, triton
 
 _LARGEST_HEAD = 128
 
@@ -181,32 +181,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.custom_op("tbcm::cross_attention", mutates_args=())
+@operator("tbcm::cross_attention")
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     out, _, stats = _run(query, None, key, value, bias, heads)
     return out, stats
 
 
-@torch.library.custom_op("tbcm::cross_attention_dual", mutates_args=())
+@operator("tbcm::cross_attention_dual")
 def _dual(
     query: Tensor, tangent: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, out_tangent, stats = _run(query, tangent, key, value, bias, heads)
     assert out_tangent is not None
     return out, out_tangent, stats
-
-
-@_plain.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    return _fake(query, value, heads)
-
-
-@_dual.register_fake
-def _(
-    query: Tensor, tangent: Tensor, key: Tensor, value: Tensor, bias: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, stats = _fake(query, value, heads)
-    return out, torch.empty_like(out), stats
 
 
 def _fake(query: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:

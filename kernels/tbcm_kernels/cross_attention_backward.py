@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels.heads import Head, inner, is_half, load_head, outer, product_types, store_head, with_rows, zero_head
-from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.launch import jit, launch, operator, tl, triton
 
 _PROGRAMS = 512  # of the kernel over the keys: some for each multiprocessor of a large GPU
 _FEWEST_QUERIES = 512  # that are worth a program there, as each reads and writes its partial sums
@@ -142,7 +142,7 @@ def _blocks(dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int
     return over_queries, over_keys
 
 
-@torch.library.custom_op("tbcm::cross_attention_backward", mutates_args=())
+@operator("tbcm::cross_attention_backward")
 def cross_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, out: Tensor, stats: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,10 +177,3 @@ def cross_attention_backward(
     )  # fmt: skip
     dk, dv = text_gradients if splits == 1 else (partial.sum(0, keepdim=True) for partial in text_gradients)
     return query_gradient, dk[0].to(key.dtype), dv[0].to(value.dtype)
-
-
-@cross_attention_backward.register_fake
-def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, out: Tensor, stats: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

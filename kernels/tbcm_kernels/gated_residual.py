@@ -17,8 +17,8 @@ from tbcm_kernels import norm_modulate
 from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
 from tbcm_kernels.dispatch import fused
 from tbcm_kernels.gated_residual_backward import ROWS, gated_residual_backward, tile, tile_constants
-from tbcm_kernels.launch import jit, launch, tl, triton
-from tbcm_kernels.norm_modulate import NONE, empty_stats, modulation, normalise, stream, unsupported
+from tbcm_kernels.launch import exact_product, jit, launch, operator, tl, triton
+from tbcm_kernels.norm_modulate import NONE, modulation, normalise, stream, unsupported
 from tbcm_kernels.norm_modulate_backward import norm_modulate_backward, residual_norm_modulate_backward, vector
 
 
@@ -82,7 +82,7 @@ def _gated_residual_kernel(
     h, dh, gate, dgate, x, dx, y, dy, gate_stride, dgate_stride, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens by COLUMNS columns of y = h + gate x; the tangent too where there is a dy."""
+    """ROWS tokens by COLUMNS columns of y = h + gate x; the tangent too where there is a dy, with the same value."""
     strips: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     rows, columns = tile(ROWS, COLUMNS, VECTOR)
     first = tl.program_id(0) // strips * ROWS
@@ -99,7 +99,7 @@ def _gated_residual_kernel(
         branch_tangent = tl.load(dx + start + at, mask=inside, other=0.0).to(WIDE)
         dg = tl.load(dgate + sample * dgate_stride + columns, mask=columns < D, other=0.0).to(WIDE)
         tl.store(dy + start + at, tangent + (dg * branch + g * branch_tangent), mask=inside)
-    tl.store(y + start + at, value + g * branch, mask=inside)
+    tl.store(y + start + at, value + exact_product(g, branch), mask=inside)
 
 
 def _add(h: Dual, gate: Dual, x: Dual) -> list[Tensor]:
@@ -112,30 +112,20 @@ def _add(h: Dual, gate: Dual, x: Dual) -> list[Tensor]:
     grid = triton.cdiv(tokens, ROWS) * triton.cdiv(width, constants["COLUMNS"]), samples
     launch(
         _gated_residual_kernel, grid, *streams[:2], g, dg, *streams[2:], *(*ys, None)[:2], g_stride, dg_stride, tokens,
-        enable_fp_fusion=False, **constants,
+        **constants,
     )  # fmt: skip
     return ys
 
 
-@torch.library.custom_op("tbcm::gated_residual", mutates_args=())
+@operator("tbcm::gated_residual")
 def _plain(h: Tensor, gate: Tensor, x: Tensor) -> Tensor:
     return _add((h, None), (gate, None), (x, None))[0]
 
 
-@torch.library.custom_op("tbcm::gated_residual_dual", mutates_args=())
+@operator("tbcm::gated_residual_dual")
 def _dual(h: Tensor, dh: Tensor, gate: Tensor, dgate: Tensor, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     y, dy = _add((h, dh), (gate, dgate), (x, dx))
     return y, dy
-
-
-@_plain.register_fake
-def _(h: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-    return h.new_empty(h.shape)
-
-
-@_dual.register_fake
-def _(h: Tensor, dh: Tensor, gate: Tensor, dgate: Tensor, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -160,7 +150,7 @@ _plain.register_autograd(_backward, setup_context=_save)
 _dual.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("tbcm::residual_norm_modulate", mutates_args=())
+@operator("tbcm::residual_norm_modulate")
 def _plain_norm(
     h: Tensor, x: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +158,7 @@ def _plain_norm(
     return out, y, stats
 
 
-@torch.library.custom_op("tbcm::residual_norm_modulate_dual", mutates_args=())
+@operator("tbcm::residual_norm_modulate_dual")
 def _dual_norm(
     h: Tensor,
     dh: Tensor,
@@ -186,32 +176,6 @@ def _dual_norm(
     shift_scale = (shift, dshift), (scale, dscale)
     (out, dout), (y, dy), stats = normalise((h, dh), (x, dx), (gate, dgate), *shift_scale, eps, dtype)
     return out, dout, y, dy, stats
-
-
-@_plain_norm.register_fake
-def _(
-    h: Tensor, x: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape, dtype=dtype), empty_stats(h)
-
-
-@_dual_norm.register_fake
-def _(
-    h: Tensor,
-    dh: Tensor,
-    x: Tensor,
-    dx: Tensor,
-    gate: Tensor | None,
-    dgate: Tensor | None,
-    shift: Tensor,
-    dshift: Tensor,
-    scale: Tensor,
-    dscale: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    out, dout = h.new_empty(h.shape), h.new_empty(h.shape)
-    return out, dout, h.new_empty(h.shape, dtype=dtype), h.new_empty(h.shape, dtype=dtype), empty_stats(h)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -36,7 +36,7 @@ from tbcm_kernels.glu_depthwise_backward import (
     store_row,
     strip_of,
 )
-from tbcm_kernels.launch import jit, launch, tl
+from tbcm_kernels.launch import jit, launch, operator, tl
 
 _PROGRAMS = 4000  # two for every warp that a large card has room for
 
@@ -188,27 +188,16 @@ def _launch(
     return y, ty
 
 
-@torch.library.custom_op("tbcm::glu_depthwise", mutates_args=())
+@operator("tbcm::glu_depthwise")
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
     return _launch(x, None, weight, bias, rows, columns)[0]
 
 
-@torch.library.custom_op("tbcm::glu_depthwise_dual", mutates_args=())
+@operator("tbcm::glu_depthwise_dual")
 def _dual(x: Tensor, tx: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     y, ty = _launch(x, tx, weight, bias, rows, columns)
     assert ty is not None
     return y, ty
-
-
-@_plain.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
-    return x.new_empty(*x.shape[:2], x.shape[2] // 2)
-
-
-@_dual.register_fake
-def _(x: Tensor, tx: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:2], x.shape[2] // 2)
-    return y, torch.empty_like(y)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tbcm_kernels import dispatch
-from tbcm_kernels.launch import jit, launch, tl, wide
+from tbcm_kernels.launch import jit, launch, operator, tl, wide
 
 BLOCK = 32  # channels of a program: a warp, whose threads have one each
 _PROGRAMS = 6000  # enough to fill the largest cards several times over
@@ -48,7 +48,6 @@ def constants(x: Tensor, channels: int, columns: int) -> dict[str, Any]:
         "WIDE": kind,
         "FAST": fast,
         "num_warps": 1,
-        "enable_fp_fusion": True,  # y = fma(w, s, y) is half of the work
     }
 
 
@@ -123,12 +122,12 @@ def store_row(
 @jit
 def convolve(upper, lower, s, taps, bias, COUNT: tl.constexpr):
     """Adds a row s of COUNT + 2 pixels to the three rows of COUNT pixels that it is a neighbour of: the row above, that
-    this completes, its own, and the one below, that begins."""
+    this completes, its own, and the one below, that begins. These sums are half of the operator's work."""
     done, above, own = (), (), ()
     for j in tl.static_range(COUNT):
-        done += (upper[j] + taps[6] * s[j] + taps[7] * s[j + 1] + taps[8] * s[j + 2],)
-        above += (lower[j] + taps[3] * s[j] + taps[4] * s[j + 1] + taps[5] * s[j + 2],)
-        own += (bias + taps[0] * s[j] + taps[1] * s[j + 1] + taps[2] * s[j + 2],)
+        done += (tl.fma(taps[8], s[j + 2], tl.fma(taps[7], s[j + 1], tl.fma(taps[6], s[j], upper[j]))),)
+        above += (tl.fma(taps[5], s[j + 2], tl.fma(taps[4], s[j + 1], tl.fma(taps[3], s[j], lower[j]))),)
+        own += (tl.fma(taps[2], s[j + 2], tl.fma(taps[1], s[j + 1], tl.fma(taps[0], s[j], bias))),)
     return done, above, own
 
 
@@ -174,11 +173,11 @@ def _gradients(x, sigmoids, below, own, above, taps, sums, COUNT: tl.constexpr, 
         g = sigmoids[j]
         s = x[j].to(WIDE) * g
         ds = taps[0] * below[j + 2]
-        added = (sums[0] + s * below[j + 2],)
+        added = (tl.fma(s, below[j + 2], sums[0]),)
         for k in tl.static_range(1, 9):
             dd = (below, own, above)[k // 3][j + 2 - k % 3]
-            ds += taps[k] * dd
-            added += (sums[k] + s * dd,)
+            ds = tl.fma(taps[k], dd, ds)
+            added += (tl.fma(s, dd, sums[k]),)
         sums = added + (sums[9] + own[j + 1],)  # noqa: RUF005  (Triton has no unpacking)
         dx += (ds * (g + s * (1 - g)),)
     return dx, sums
@@ -233,7 +232,7 @@ def glu_depthwise_backward_kernel(
         tl.store(partials + k * (2 * C) + C, sums_b[k], mask)
 
 
-@torch.library.custom_op("tbcm::glu_depthwise_backward", mutates_args=())
+@operator("tbcm::glu_depthwise_backward")
 def glu_depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,15 +257,3 @@ def glu_depthwise_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(sums[9], dtype=(weight if bias is None else bias).dtype)
     dweight.view(-1, 9).copy_(sums[:9].T)
     return dx, dweight, dbias.copy_(sums[9])
-
-
-@glu_depthwise_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(weight, memory_format=contiguous),
-        weight.new_empty(weight.shape[0], dtype=(weight if bias is None else bias).dtype),
-    )

@@ -1,17 +1,25 @@
-"""Launching Triton kernels, or compiling them ahead of time where there is no GPU."""
+"""Operators made of Triton kernels, and launching these or compiling them ahead of time where there is no GPU.
+
+Called one by one, an operator is a custom operator of PyTorch, whose dispatch takes longer than a small kernel runs.
+Under torch.compile it is taken apart: inductor sees its allocations, casts and kernels, and calls these from its own
+code.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from tbcm_kernels import dispatch
 
@@ -27,7 +35,9 @@ except ImportError:  # not Linux: `dispatch.fused` is never true, and the kernel
         return function
 
 
-__all__ = ["Compiled", "compile_ahead", "jit", "launch", "tl", "triton", "wide"]
+__all__ = ["Compiled", "compile_ahead", "exact_product", "jit", "launch", "operator", "tl", "triton", "wide"]
+
+_TRACEABLE = triton is not None and os.environ.get("TRITON_INTERPRET") != "1"  # an interpreted kernel cannot be traced
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.int64: "i64"}
 
@@ -49,19 +59,41 @@ _targets: tuple[int, ...] = ()
 _compiled: list[Compiled] = []
 
 
+def operator(name: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Makes the custom operator `name` of a function of PyTorch's operators and of `launch`.
+
+    The function is its own fake: on tensors without data, and while torch.compile traces it, `launch` runs nothing.
+    """
+
+    def made(function: Callable[..., Any]) -> Any:
+        if _TRACEABLE:
+            return torch.library.triton_op(name, function, mutates_args=mutates_args)
+        opaque = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        opaque.register_fake(function)
+        return opaque
+
+    return made
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Runs `kernel` over `grid` on the device of its tensors; an empty grid runs nothing.
 
-    Arguments go by position, tl.constexpr and options (num_warps, num_stages) by name.
+    Arguments go by position, tl.constexpr and options (num_warps, num_stages, maxnreg) by name. Code that torch.compile
+    makes calls the kernel without `maxnreg`, which inductor cannot pass on, and with floats in fp64, which Triton by
+    itself passes in fp32: kernels cast them.
     """
     if 0 in grid:
         return
-    if dispatch.mode() == "ahead":
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.is_meta:
+        if _TRACEABLE and not tensor.is_meta:
+            constants.pop("maxnreg", None)
+            torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+    elif dispatch.mode() == "ahead":
         _compiled.extend(_compile(kernel, arch, arguments, constants) for arch in _targets)
-        return
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            kernel[grid](*arguments, **constants)
 
 
 @contextmanager
@@ -113,6 +145,12 @@ def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+
+
+@jit
+def exact_product(x, y):
+    """x y, rounded: no compiler joins it with a sum that follows, as it may a plain product."""
+    return tl.fma(x, y, 0.0)
 
 
 def wide(dtype: torch.dtype) -> Any:

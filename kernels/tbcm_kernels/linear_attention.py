@@ -30,8 +30,9 @@ from torch.nn import functional
 
 from tbcm_kernels import dispatch
 from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
+from tbcm_kernels.launch import operator
 from tbcm_kernels.linear_attention_backward import linear_attention_backward
-from tbcm_kernels.linear_attention_forward import forward, outputs
+from tbcm_kernels.linear_attention_forward import forward
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 64
 """Columns. A tensor core's least; of 128 the states, in two parts each, are more than shared memory holds."""
@@ -138,7 +139,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-@torch.library.custom_op("tbcm::linear_attention", mutates_args=())
+@operator("tbcm::linear_attention")
 def _plain(
     query: Tensor,
     key: Tensor,
@@ -153,7 +154,7 @@ def _plain(
     return out, scale, state
 
 
-@torch.library.custom_op("tbcm::linear_attention_dual", mutates_args=())
+@operator("tbcm::linear_attention_dual")
 def _dual(
     query: Tensor,
     key: Tensor,
@@ -171,17 +172,6 @@ def _dual(
     out, dout, scale, state = forward((query, key, value), tangents, norm_q, norm_k, eps, heads, dtype)
     assert dout is not None
     return out, dout, scale, state
-
-
-@_plain.register_fake
-def _(query, key, value, norm_q, norm_k, eps, heads, dtype):
-    return outputs(query, norm_k, heads, dtype)
-
-
-@_dual.register_fake
-def _(query, key, value, dquery, dkey, dvalue, norm_q, norm_k, eps, heads, dtype):
-    out, scale, state = outputs(query, norm_k, heads, dtype)
-    return out, torch.empty_like(out), scale, state
 
 
 def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tbcm_kernels.launch import jit, launch, tl, triton
+from tbcm_kernels.launch import jit, launch, operator, tl, triton
 from tbcm_kernels.linear_attention_tiles import (
     CHUNK,
     attend,
@@ -34,7 +34,7 @@ from tbcm_kernels.linear_attention_tiles import (
 )
 
 
-@torch.library.custom_op("tbcm::linear_attention_backward", mutates_args=())
+@operator("tbcm::linear_attention_backward")
 def linear_attention_backward(
     gradient: Tensor,
     query: Tensor,
@@ -81,11 +81,6 @@ def linear_attention_backward(
         if weight is not None and partials is not None
     ]
     return [dq, dk, dv, *norms]
-
-
-@linear_attention_backward.register_fake
-def _(gradient, query, key, value, norm_q, norm_k, scale, state, eps, heads):
-    return [x.new_empty(x.shape) for x in (query, key, value, norm_q, norm_k) if x is not None]
 
 
 @jit

@@ -126,7 +126,9 @@ def forward(
     dq, dk, dv = (None, None, None) if tangents is None else (rows(x) for x in tangents)
     dual = tangents is not None
     looped, single = (constants(*values, heads, loop=loop) for loop in (True, False))
-    out, scale, state = outputs(values[0], norm_k, heads, dtype)
+    sums, dim = torch.promote_types(values[0].dtype, torch.float32), width // heads
+    out = values[0].new_empty(values[0].shape, dtype=dtype)
+    scale = values[0].new_empty((0,) if norm_k is None else (batch, tokens), dtype=sums)
     dout, dscale = (torch.empty_like(out), torch.empty_like(scale)) if dual else (None, None)
     if norm_k is not None:
         launch(
@@ -135,7 +137,7 @@ def forward(
             DUAL=dual, WIDTH=width, EPS=eps, WIDE=single["WIDE"], ROWS=8, BLOCK=256,
         )  # fmt: skip
     chunks = triton.cdiv(tokens, CHUNK)
-    state = state.new_empty(batch, chunks, *state.shape[1:])
+    state = values[0].new_empty(batch, chunks, heads, dim + 1, dim, dtype=sums)
     dstate = torch.empty_like(state) if dual else None
     launch(
         _state_kernel, (heads, chunks, batch),
@@ -154,10 +156,3 @@ def forward(
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def outputs(query: Tensor, norm_k: Tensor | None, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = query.shape
-    wide, dim = torch.promote_types(query.dtype, torch.float32), width // heads
-    scale = query.new_empty((batch, tokens) if norm_k is not None else (0,), dtype=wide)
-    return query.new_empty(query.shape, dtype=dtype), scale, query.new_empty(batch, heads, dim + 1, dim, dtype=wide)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from tbcm_kernels.catalog import Cost, Dual, Operator, Size, nbytes
 from tbcm_kernels.dispatch import fused
-from tbcm_kernels.launch import jit, launch, tl
+from tbcm_kernels.launch import exact_product, jit, launch, operator, tl
 from tbcm_kernels.norm_modulate_backward import (
     columns_of,
     norm_modulate_backward,
@@ -81,7 +81,7 @@ def _norm_modulate_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A token: normalised and modulated into y; where there is an x, of out = h + gate x. Its tangent where there is a
-    dy, which leaves the value's arithmetic alone."""
+    dy, which leaves the value's arithmetic alone: its products that are added up are rounded first."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // tokens
     columns = columns_of(BLOCK, VECTOR)
@@ -101,7 +101,7 @@ def _norm_modulate_kernel(
             if dy is not None:
                 dg = tl.load(dgate + sample * dgate_stride + columns, mask=inside, other=0.0).to(WIDE)
                 branch_tangent = dg * branch + g * branch_tangent
-            branch = g * branch
+            branch = exact_product(g, branch)
         rounded = (value + branch).to(out.dtype.element_ty)
         tl.store(out + at + columns, rounded, mask=inside)
         value = rounded.to(WIDE)
@@ -114,13 +114,13 @@ def _norm_modulate_kernel(
     # What rounding left of the mean: it matters in tokens far from zero.
     mean += row_sum(tl.where(inside, value - mean, 0.0)) / D
     centred = tl.where(inside, value - mean, 0.0)
-    inverse = tl.rsqrt(row_sum(centred * centred) / D + EPS)
+    inverse = tl.rsqrt(row_sum(exact_product(centred, centred)) / D + EPS)
     tl.store(stats + row * 2, mean)
     tl.store(stats + row * 2 + 1, inverse)
     normal = centred * inverse
     factor = 1.0 + tl.load(scale + sample * scale_stride + columns, mask=inside, other=0.0).to(WIDE)
     offset = tl.load(shift + sample * shift_stride + columns, mask=inside, other=0.0).to(WIDE)
-    tl.store(y + at + columns, normal * factor + offset, mask=inside)
+    tl.store(y + at + columns, exact_product(normal, factor) + offset, mask=inside)
     if dy is not None:
         tangent = tl.where(inside, tangent - row_sum(tangent) / D, 0.0)
         tangent = inverse * (tangent - normal * (row_sum(normal * tangent) / D))
@@ -138,18 +138,16 @@ def normalise(
     """
     samples, tokens, width = h[0].shape
     # Tangents have their values' dtypes, so that the layout of a row, and the order of its sums, is the same without.
-    pairs = [(v, None if d is None or v is None else d.to(v.dtype)) for v, d in (h, x, gate, shift, scale)]
-    streams = [None if t is None else t.contiguous() for t in (*pairs[0], *pairs[1])]
-    vectors, strides = zip(*(vector(t) for pair in pairs[2:] for t in pair), strict=True)
+    streams = [None if t is None or v is None else t.to(v.dtype).contiguous() for v, d in (h, x) for t in (v, d)]
+    vectors, strides = zip(*(vector(t) for pair in (gate, shift, scale) for t in pair), strict=True)
     count = 1 if h[1] is None else 2
     sums = [] if x[0] is None else [h[0].new_empty(h[0].shape) for _ in range(count)]
     ys = [h[0].new_empty(h[0].shape, dtype=dtype) for _ in range(count)]
     out, dout, y, dy = (*sums, None, None)[:2] + (*ys, None)[:2]
     stats = empty_stats(h[0])
-    # Without contraction to fused multiply-adds, the value's arithmetic is the same with a tangent and without.
     launch(
         _norm_modulate_kernel, (samples * tokens,), *streams, *vectors, out, dout, y, dy, stats, *strides, tokens,
-        EPS=eps, enable_fp_fusion=False, **row_constants(width, h[0], x[0], y),
+        EPS=eps, **row_constants(width, h[0], x[0], y),
     )  # fmt: skip
     return sums, ys, stats
 
@@ -158,30 +156,18 @@ def empty_stats(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.custom_op("tbcm::norm_modulate", mutates_args=())
+@operator("tbcm::norm_modulate")
 def _plain(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _, (y,), stats = normalise((x, None), NONE, NONE, (shift, None), (scale, None), eps, dtype)
     return y, stats
 
 
-@torch.library.custom_op("tbcm::norm_modulate_dual", mutates_args=())
+@operator("tbcm::norm_modulate_dual")
 def _dual(
     x: Tensor, dx: Tensor, shift: Tensor, dshift: Tensor, scale: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, (y, dy), stats = normalise((x, dx), NONE, NONE, (shift, dshift), (scale, dscale), eps, dtype)
     return y, dy, stats
-
-
-@_plain.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), empty_stats(x)
-
-
-@_dual.register_fake
-def _(
-    x: Tensor, dx: Tensor, shift: Tensor, dshift: Tensor, scale: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), empty_stats(x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbcm_kernels.launch import jit, launch, tl, triton, wide
+from tbcm_kernels.launch import jit, launch, operator, tl, triton, wide
 
 _FEWEST_TOKENS = 16  # of a program, so that its sums weigh little against its tokens
 _REGISTERS = 128  # of a thread: enough for Sana's widths, and 16 warps fit a multiprocessor
 _WARPS = 16
+_WIDE = 2048  # columns: more, of as many warps, take over 128 registers where nothing limits them
 
 
 def row_constants(width: int, *tensors: Tensor | None) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _norm_modulate_backward_kernel(
         tl.store(partials + at + 2 * D + columns, to_gate, mask=inside)
 
 
-@torch.library.custom_op("tbcm::norm_modulate_backward", mutates_args=())
+@operator("tbcm::norm_modulate_backward")
 def norm_modulate_backward(
     stream_gradient: Tensor | None, gradient: Tensor, h: Tensor, scale: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def norm_modulate_backward(
     return dh, sums
 
 
-@torch.library.custom_op("tbcm::residual_norm_modulate_backward", mutates_args=())
+@operator("tbcm::residual_norm_modulate_backward")
 def residual_norm_modulate_backward(
     stream_gradient: Tensor | None,
     gradient: Tensor,
@@ -153,7 +154,8 @@ def _launch(
     """Without a `dtype` there is no gradient of x."""
     samples, tokens, width = h.shape
     constants = row_constants(width, h, x, gradient)
-    warps = constants["num_warps"] = min(constants["num_warps"] * (1 if gate is None else 2), 16)
+    constants["num_warps"] *= (1 if gate is None else 2) * (2 if constants["BLOCK"] > _WIDE else 1)
+    warps = constants["num_warps"] = min(constants["num_warps"], 16)
     places = max(_WARPS // warps, 1) * _multiprocessors(h.device)
     run = max(triton.cdiv(tokens, max(places // max(samples, 1), 1)), _FEWEST_TOKENS)
     runs, sums = triton.cdiv(tokens, run), 2 if gate is None else 3
@@ -173,25 +175,3 @@ def _launch(
 def _multiprocessors(device: torch.device) -> int:
     """An H100's where kernels are not run on a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@norm_modulate_backward.register_fake
-def _(
-    stream_gradient: Tensor | None, gradient: Tensor, h: Tensor, scale: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), stats.new_empty((h.shape[0], 2, h.shape[2]))
-
-
-@residual_norm_modulate_backward.register_fake
-def _(
-    stream_gradient: Tensor | None,
-    gradient: Tensor,
-    h: Tensor,
-    x: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor,
-    stats: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sums = stats.new_empty((h.shape[0], 2 if gate is None else 3, h.shape[2]))
-    return h.new_empty(h.shape), h.new_empty(h.shape, dtype=dtype), sums

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tbcm_kernels.catalog import Cost, Operator, Size, nbytes
 from tbcm_kernels.dispatch import fused
-from tbcm_kernels.launch import jit, launch, tl, triton, wide
+from tbcm_kernels.launch import jit, launch, operator, tl, triton, wide
 
 
 def reference(
@@ -36,6 +36,7 @@ def reference(
 @jit
 def _direction_kernel(F, dF, x, dxdt, t, g, sums, r, sigma_data, size, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, sigma_data = tl.full((), r, WIDE), tl.full((), sigma_data, WIDE)
     within = part * BLOCK + tl.arange(0, BLOCK)
     inside = within < size
     at = sample * size + within
@@ -52,11 +53,12 @@ def _direction_kernel(F, dF, x, dxdt, t, g, sums, r, sigma_data, size, WIDE: tl.
 
 
 @jit
-def _normalise_kernel(g, sums, norm, c, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _normalise_kernel(g, sums, norm, c, size, WIDE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     sample, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts, each = tl.num_programs(1), tl.arange(0, PARTS)
     squares = tl.load(sums + sample * parts + each, mask=each < parts, other=0.0)
     length = tl.sqrt(tl.sum(squares, axis=0))
+    c = tl.full((), c, WIDE)
     if part == 0:
         tl.store(norm + sample, length)
     within = part * BLOCK + tl.arange(0, BLOCK)
@@ -70,27 +72,20 @@ def chunk(size: int) -> int:
     return min(max(1024, triton.next_power_of_2(triton.cdiv(size, 64))), 8192)
 
 
-@torch.library.custom_op("tbcm::tangent", mutates_args=())
+@operator("tbcm::tangent")
 def _tangent(
     F: Tensor, dF: Tensor, x: Tensor, dxdt: Tensor, t: Tensor, r: float, sigma_data: float, c: float
 ) -> tuple[Tensor, Tensor]:
     F, dF, x, dxdt, t = (tensor.contiguous() for tensor in (F, dF, x, dxdt, t))
     size = math.prod(x.shape[1:])
     block = chunk(size)
-    grid, warps = (x.shape[0], triton.cdiv(size, block)), block // 256
+    grid, options = (x.shape[0], triton.cdiv(size, block)), {"WIDE": wide(x.dtype), "num_warps": block // 256}
     g, norm, sums = x.new_empty(x.shape), t.new_empty(t.shape), t.new_empty(grid)
     arguments = F, dF, x, dxdt, t, g, sums, r, sigma_data, size
-    launch(_direction_kernel, grid, *arguments, WIDE=wide(x.dtype), BLOCK=block, num_warps=warps)
+    launch(_direction_kernel, grid, *arguments, BLOCK=block, **options)
     parts = triton.next_power_of_2(grid[1])
-    launch(_normalise_kernel, grid, g, sums, norm, c, size, BLOCK=block, PARTS=parts, num_warps=warps)
+    launch(_normalise_kernel, grid, g, sums, norm, c, size, BLOCK=block, PARTS=parts, **options)
     return g, norm
-
-
-@_tangent.register_fake
-def _(
-    F: Tensor, dF: Tensor, x: Tensor, dxdt: Tensor, t: Tensor, r: float, sigma_data: float, c: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), t.new_empty(t.shape)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tbcm_kernels.catalog import Cost, Operator, Size, nbytes
 from tbcm_kernels.dispatch import fused
-from tbcm_kernels.launch import jit, launch, tl, triton, wide
+from tbcm_kernels.launch import jit, launch, operator, tl, triton, wide
 
 BLOCK = 1024
 """Elements a program takes: few, as a rollout has few prompts and the card many processors."""
@@ -56,13 +56,13 @@ def _step_kernel(
     if GUIDED:
         conditional = tl.load(F + half + at, mask=inside, other=0.0).to(WIDE)
         prediction += tl.load(guidance + prompt).to(WIDE) * (conditional - prediction)
-    dxdt = sigma_data * prediction
+    dxdt = tl.full((), sigma_data, WIDE) * prediction
     tl.store(point + kept, state, mask=inside)
     tl.store(velocity + kept, dxdt, mask=inside)
     tl.store(following + at, tl.cos(angle) * state - tl.sin(angle) * dxdt, mask=inside)
 
 
-@torch.library.custom_op("tbcm::trigflow_step", mutates_args=("xs", "dxdts"))
+@operator("tbcm::trigflow_step", mutates_args=("xs", "dxdts"))
 def _trigflow_step(
     F: Tensor, x: Tensor, guidance: Tensor, delta: Tensor, xs: Tensor, dxdts: Tensor, i: int, sigma_data: float
 ) -> Tensor:
@@ -73,13 +73,6 @@ def _trigflow_step(
     grid, guided = (x.shape[0], triton.cdiv(size, BLOCK)), F.shape[0] != x.shape[0]
     launch(_step_kernel, grid, *tensors, *numbers, GUIDED=guided, WIDE=wide(x.dtype), BLOCK=BLOCK, num_warps=4)
     return following
-
-
-@_trigflow_step.register_fake
-def _(
-    F: Tensor, x: Tensor, guidance: Tensor, delta: Tensor, xs: Tensor, dxdts: Tensor, i: int, sigma_data: float
-) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @torch.no_grad()

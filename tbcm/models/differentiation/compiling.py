@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import tbcm_kernels
 import torch
+import torch.compiler.config
 from torch._dynamo.exc import TorchDynamoException
 
 from tbcm.config.resolution import MOST_SIZES
@@ -29,6 +34,9 @@ def compiled(fn: F, *, fold: bool) -> F:
     """
     config, most = torch._dynamo.config, KINDS * MOST_SIZES
     config.optimize_ddp = False  # would cut blocks where DDP's buckets end
+    keyed = f" tbcm_kernels {_kernels()}"
+    if not torch.compiler.config.cache_key_tag.endswith(keyed):
+        torch.compiler.config.cache_key_tag += keyed
     config.recompile_limit = max(most, config.recompile_limit)
     config.accumulated_recompile_limit = max(most, config.accumulated_recompile_limit)
     options = fold_options() if fold else None
@@ -51,3 +59,13 @@ def compiled_if_possible(fn: F, *, fold: bool) -> F:
         return fn(*args, **kwargs)
 
     return cast("F", run)
+
+
+@cache
+def _kernels() -> str:
+    """A digest of the fused operators' code. Compiled code holds them, and is kept on the disk by keys that know what
+    operator was called and not what it was."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(tbcm_kernels.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
