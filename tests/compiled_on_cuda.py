@@ -1,8 +1,8 @@
 """What inductor makes of the fused operators for a GPU, in a process of its own: python tests/compiled_on_cuda.py OUT
 
-Writes OUT/compiled.json: of a student's block and of the operators outside networks, the texts of the generated
-modules, how often a run of each calls what, and what PyTorch complained of; of the block also where its modules'
-arguments come from.
+Writes OUT/compiled.json: of a student's block, of attention under torch.func.jvp and of the operators outside networks,
+the texts of the generated modules, how often a run of each calls what, and what PyTorch complained of; of the first two
+also where their modules' arguments come from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretended_cuda import compile_device, pretend
 
 if __name__ == "__main__":
     FOLDER = Path(sys.argv[1])
-    pretend(compile_device(FOLDER))  # before torch is imported
+    pretend(compile_device())  # before torch is imported
     from pretended_launches import compile_nothing, pretend_launches
 
     pretend_launches()
@@ -29,13 +29,48 @@ from speed.block import StudentBlock, generated_code
 from tbcm_kernels.ahead import tensors
 from tbcm_kernels.catalog import size_of
 from tbcm_kernels.registry import OPERATORS
+from torch import Tensor
 from torch._inductor.graph import GraphLowering
+from torch.nn import functional
+
+from tbcm.models.differentiation.explicit import Differentiable
 
 
-def block() -> dict[str, Any]:
-    """Launches of a compiled block of the smallest student, forward and backward, and where its modules' arguments come
-    from: a tensor of the block by its name, or one that the first module returned by its number."""
-    step = StudentBlock("tiny", 2, 1, 4, text=5)
+class Attention:
+    """Torch's attention with its derivative, forward and backward, as networks of other families call it."""
+
+    def __init__(self, *, device: str = "cuda") -> None:
+        def tokens() -> Tensor:  # heads apart as a projection leaves them
+            return torch.empty(1, 20, 2, 16, device=device).transpose(1, 2)
+
+        self.values = {name: tokens().requires_grad_() for name in ("q", "k", "v")}
+        self.tangents = {name: tokens() for name in ("dq", "dk", "dv")}
+        self.gradient = tokens()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.values, **self.tangents, "gradient": self.gradient}
+
+    def differentiated(self, values: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        with Differentiable():
+            y, dy = torch.func.jvp(functional.scaled_dot_product_attention, values, tangents)
+        return y, dy.detach()
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """The value, whose gradients are in the leaves' `grad`, and its tangent."""
+        y, dy = self.differentiated(tuple(self.values.values()), tuple(self.tangents.values()))
+        y.backward(self.gradient)
+        return y, dy
+
+
+def compiled_attention() -> Attention:
+    step = Attention()
+    step.differentiated = torch.compile(step.differentiated, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    return step
+
+
+def with_sources(step: StudentBlock | Attention) -> dict[str, Any]:
+    """Launches of a compiled step, forward and backward, and where its modules' arguments come from: a tensor of the
+    step by its name, or one that the first module returned by its number."""
     names = {x.data_ptr(): name for name, x in step.tensors().items()}
     sources: list[list[str]] = []
     compile_to_module = GraphLowering.compile_to_module
@@ -99,5 +134,10 @@ class Complaints(logging.Handler):
 if __name__ == "__main__":
     complaints = Complaints()
     logging.getLogger("torch._higher_order_ops").addHandler(complaints)
-    found = {"block": recorded(block), "operators": recorded(operators), "complaints": complaints.all}
+    found = {
+        "block": recorded(lambda: with_sources(StudentBlock("tiny", 2, 1, 4, text=5))),
+        "attention": recorded(lambda: with_sources(compiled_attention())),
+        "operators": recorded(operators),
+        "complaints": complaints.all,
+    }
     (FOLDER / "compiled.json").write_text(json.dumps(found))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._inductor.runtime import triton_helpers
 
 MARGIN = 256
-BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 64}
-"""Of inductor's own kernels, whose sizes it would choose by trying them."""
+BLOCKS = {"XBLOCK": 512, "YBLOCK": 16, "R0_BLOCK": 64}
+"""Of inductor's own kernels, whose sizes it would choose by trying them: large, as the interpreter counts programs."""
 
 
 Memory = list[tuple[Tensor, int]]

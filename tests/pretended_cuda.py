@@ -7,23 +7,32 @@ a GPU, and operators refuse tensors of different devices.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import os
 import subprocess
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 
-def compile_device(folder: Path) -> Path:
-    """The pretended device of `pretended_cuda.cpp` as a library in `folder`, made in about five seconds."""
+def compile_device() -> Path:
+    """The pretended device of `pretended_cuda.cpp` as a library, which is compiled once for each torch, in a quarter of
+    a minute, and kept where Python keeps what it compiles."""
     spec = importlib.util.find_spec("torch")  # found and not imported
     assert spec is not None
     assert spec.origin is not None
-    torch, library = Path(spec.origin).parent, folder / "pretended_cuda.so"
-    source = Path(__file__).with_suffix(".cpp")
-    options = ["-O0", "-w", "-shared", "-fPIC", "-std=c++20", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
-    links = ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    subprocess.run(["g++", *options, str(source), *links, "-o", str(library)], check=True)
+    torch, source = Path(spec.origin).parent, Path(__file__).with_suffix(".cpp")
+    made_of = hashlib.sha256(f"{torch} {version('torch')} {source.read_text()}".encode()).hexdigest()[:16]
+    library = source.parent / "__pycache__" / f"pretended_cuda-{made_of}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        options = ["-O0", "-w", "-shared", "-fPIC", "-std=c++20", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+        links = ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
+        subprocess.run(["g++", *options, str(source), *links, "-o", str(unfinished)], check=True)
+        unfinished.replace(library)
     return library
 
 

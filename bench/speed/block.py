@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import SanaTransformer2DModel
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import UserDefinedTritonKernel
 
 from tbcm.models.sana.network import SanaTrigFlow
 from tbcm.models.sana.presets import SANA
@@ -23,6 +24,8 @@ class Code:
 
     text: str
     backward: bool
+    bytes: int
+    """What one run moves: of each kernel and product, every tensor that it is given once."""
     called: Counter[str] = field(init=False)
     """How often one run calls each kernel and operator."""
 
@@ -61,7 +64,7 @@ def generated_code() -> Iterator[list[Code]]:
     def kept(graph: GraphLowering) -> Any:
         result = codegen(graph)
         text = result[0] if isinstance(result[0], str) else result[0].value
-        made.append(Code(text, graph.is_backward))
+        made.append(Code(text, graph.is_backward, _bytes(graph)))
         return result
 
     GraphLowering.codegen = kept  # type: ignore[method-assign, assignment]
@@ -70,6 +73,16 @@ def generated_code() -> Iterator[list[Code]]:
             yield made
     finally:
         GraphLowering.codegen = codegen  # type: ignore[method-assign]
+
+
+def _bytes(graph: GraphLowering) -> int:
+    """As inductor counts them; of a kernel of ours, what is written is among what it is given."""
+    return sum(
+        node.get_read_buffer_sizes()
+        if isinstance(node.node, UserDefinedTritonKernel)
+        else node.get_read_write_buffers_sizes()
+        for node in graph.scheduler.nodes
+    )
 
 
 class StudentBlock:

@@ -145,6 +145,7 @@ def of_a_block(model: str, samples: int, out: Path) -> list[Row]:
                 "inductor's": code.fused,
                 "products": code.products,
                 "operators": code.operators,
+                "GB": code.bytes / 1e9,
             },
             out,
         )
@@ -163,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.block:
         rows = of_a_block(options.block, options.samples, options.out)
-        names = ["pass", "ours", "inductor's", "products", "operators"]
+        names = ["pass", "ours", "inductor's", "products", "operators", "GB"]
     else:
         rows = of_operators(options.operators, options.out)
         passes = [f"{one}, {way}" for one in ("forward", "forward + backward") for way in ("eager", "compiled")]

@@ -110,7 +110,8 @@ def fused_attention(
     """The result; its tangent, without elements where `dq` is None; and of all queries [2, B, heads, T] the greatest
     score, as a power of two, and one over the sum of weights relative to it."""
     (q, dq), (k, dk), (v, dv) = _alike(q, dq), _alike(k, dk), _alike(v, dv)
-    out, tangent, stats = _results(q, dq)
+    out, tangent = in_tokens(q), q.new_empty(0) if dq is None else in_tokens(q)
+    stats = q.new_empty(2, *q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     tile = _blocks(q.shape[-1], q.dtype)
     launch(
         _attention_kernel,
@@ -120,11 +121,6 @@ def fused_attention(
         **constants(q, k, bias, scale, tile),
     )  # fmt: skip
     return out, tangent, stats
-
-
-def _results(q: Tensor, dq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    stats = q.new_empty(2, *q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return in_tokens(q), q.new_empty(0) if dq is None else in_tokens(q), stats
 
 
 def _alike(x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:

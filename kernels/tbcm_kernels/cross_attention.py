@@ -196,11 +196,6 @@ def _dual(
     return out, out_tangent, stats
 
 
-def _fake(query: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    stats = query.new_empty(2, heads, query.shape[0] * query.shape[1], dtype=_wide(value.dtype))
-    return value.new_empty(query.shape), stats
-
-
 def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, bias, ctx.heads = inputs
     ctx.mark_non_differentiable(output[1])

@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_on_cuda import Attention
 from interpreted_code import module
 from speed.block import StudentBlock
 
@@ -76,6 +79,15 @@ def test_a_compiled_block_launches_its_kernels_without_pytorchs_dispatch(found: 
     assert found["block"]["launches"] == written.total() - products  # nothing else is called
 
 
+def test_so_does_attention_under_a_jvp(found: Found) -> None:
+    assert called(found, "attention", backward=False) == {"attention_kernel": 1}
+    assert called(found, "attention", backward=True) == {
+        "attention_query_gradient_kernel": 1,
+        "attention_key_gradient_kernel": 1,
+    }
+    assert all("torch.ops.tbcm." not in made["text"] for made in found["attention"]["modules"])
+
+
 def test_so_do_the_operators_outside_networks(found: Found) -> None:
     forward, backward = (called(found, "operators", backward=backward) for backward in (False, True))
     kernels = "step_kernel", "direction_kernel", "normalise_kernel", "squares_kernel", "loss_kernel"
@@ -87,14 +99,27 @@ def test_so_do_the_operators_outside_networks(found: Found) -> None:
 def test_nothing_is_copied_for_fear_that_a_kernel_writes_to_it(found: Found) -> None:
     """PyTorch reads in a kernel what it writes to. Where it cannot, it says so, and copies every input first."""
     assert not found["complaints"]
-    names = [name for part in ("block", "operators") for made in found[part]["modules"] for name in made["called"]]
+    modules = [made for part in ("block", "attention", "operators") for made in found[part]["modules"]]
+    names = [name for made in modules for name in made["called"]]
     assert not [name for name in names if "clone" in name]
 
 
-def test_a_compiled_block_computes_what_the_eager_one_does(found: Found, kernels: torch.device) -> None:
-    """Value, tangent and all gradients, to what bf16 leaves: the generated code, run in the interpreter."""
+def eager_block() -> StudentBlock:
     step = StudentBlock("tiny", 2, 1, 4, text=5, device="cpu")
-    step.network._block = _run_block  # not compiled
+    step.network._block = _run_block
+    return step
+
+
+@pytest.mark.parametrize(
+    ("part", "eager", "tolerance"),
+    [("block", eager_block, 0.06), ("attention", partial(Attention, device="cpu"), 1e-5)],
+    ids=["block", "attention"],
+)
+def test_compiled_code_computes_what_the_eager_one_does(
+    found: Found, kernels: torch.device, part: str, eager: Callable[[], StudentBlock | Attention], tolerance: float
+) -> None:
+    """Value, tangent and all gradients, to what bf16 leaves of a block: the generated code, run in the interpreter."""
+    step = eager()
     given = step.tensors()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -102,16 +127,14 @@ def test_a_compiled_block_computes_what_the_eager_one_does(found: Found, kernels
             spread, centre = (0.3, 0.0) if x.dim() > 1 else (0.1, 1.0 if "norm" in name else 0.0)
             if name != "bias":
                 x.copy_(torch.randn(x.shape, generator=generator) * spread + centre)
-        (forward, backward), sources = (
-            (module(made["text"]) for made in found["block"]["modules"]),
-            found["block"]["sources"],
-        )
-        results = forward([given[name] for name in sources[0]])
-        gradients = backward([given[name] if name in given else results[int(name)] for name in sources[1]])
+        forward, backward = (module(made["text"]) for made in found[part]["modules"])
+        of_forward, of_backward = found[part]["sources"]
+        results = forward([given[name] for name in of_forward])
+        gradients = backward([given[name] if name in given else results[int(name)] for name in of_backward])
     y, dy = step()
     compared = {"y": (results[0], y), "dy": (results[1], dy)}
-    compared |= {n: (g, given[n].grad) for n, g in zip(sources[0], gradients, strict=True) if g is not None}
+    compared |= {n: (g, given[n].grad) for n, g in zip(of_forward, gradients, strict=True) if g is not None}
     assert len(compared) == 2 + sum(x.grad is not None for x in given.values())
-    for name, (compiled, eager) in compared.items():
-        assert compiled is not None and eager is not None
-        assert (compiled.float() - eager.float()).norm() < 0.06 * eager.float().norm(), name
+    for name, (compiled, wanted) in compared.items():
+        assert compiled is not None and wanted is not None
+        assert (compiled.float() - wanted.float()).norm() < tolerance * wanted.float().norm(), name
