@@ -10,9 +10,9 @@ one strip of 8 columns and 32 channels of both halves, and marches down the rows
 and dd of row r - 1, one column wider than the strip on each side, and from dd of rows r - 1, r - 2 and r - 3 the
 gradients of row r - 2. Reading x with a margin of 2 and dy with one of 1, and x of row r - 2 once more, it asks the
 caches for 2.5 elements for each of x and 1.25 for each of dy. Device memory sees each once, and dx: 5 C elements a
-token. Every program writes its own sums of dw and dbias, which PyTorch adds up (no atomics: the same in every run):
-about 6 % more on a grid of 32 x 32, partly in L2. Storing dd between two kernels would make it 11 C. Instructions per
-element of x: 65, of which an H100 issues 50 or so in the time of these bytes: it is they that bind.
+token. Every program writes its own sums of dw and dbias, which a second kernel adds up (no atomics: the same in every
+run): about 6 % more on a grid of 32 x 32, partly in L2. Storing dd between two kernels would make it 11 C. Instructions
+per element of x: 65, of which an H100 issues 50 or so in the time of these bytes: it is they that bind.
 """
 
 # mypy: disable-error-code="assignment"
@@ -232,6 +232,26 @@ def glu_depthwise_backward_kernel(
         tl.store(partials + k * (2 * C) + C, sums_b[k], mask)
 
 
+@jit
+def _sums_kernel(
+    partials, dweight, dbias, count, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Program (channels, k): adds up `count` sums of one of the 9 weights, or of the bias, of BLOCK channels."""
+    k = tl.program_id(1)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < CHANNELS
+    total = tl.zeros([PARTS, BLOCK], WIDE)
+    for first in range(0, count, PARTS):
+        part = first + tl.arange(0, PARTS)[:, None]
+        at = (part * 10 + k) * CHANNELS + channel[None, :]
+        total += tl.load(partials + at, mask=(part < count) & mask[None, :], other=0)
+    if k < 9:
+        tl.store(dweight + channel * 9 + k, tl.sum(total, 0), mask)
+    else:
+        tl.store(dbias + channel, tl.sum(total, 0), mask)
+
+
 @operator("tbcm::glu_depthwise_backward")
 def glu_depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int
@@ -253,7 +273,11 @@ def glu_depthwise_backward(
         **constants(x, channels, columns),
         maxnreg=200,  # 10 warps on a multiprocessor; the compiler alone takes a few registers more, which is 9
     )
-    sums = partials.sum((0, 1))
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(sums[9], dtype=(weight if bias is None else bias).dtype)
-    dweight.view(-1, 9).copy_(sums[:9].T)
-    return dx, dweight, dbias.copy_(sums[9])
+    dweight, dbias = torch.empty_like(weight), (weight if bias is None else bias).new_empty(2 * channels)
+    launch(
+        _sums_kernel,
+        (-(-2 * channels // 128), 10),
+        *(partials, dweight, dbias, groups * strips),
+        **{"CHANNELS": 2 * channels, "BLOCK": 128, "PARTS": 16, "WIDE": wide(x.dtype), "num_warps": 4},
+    )
+    return dx, dweight, dbias

@@ -70,6 +70,7 @@ def test_a_compiled_block_launches_its_kernels_without_pytorchs_dispatch(found: 
         "query_gradient_kernel": 1,
         "text_gradient_kernel": 1,
         "glu_depthwise_backward_kernel": 1,
+        "sums_kernel": 1,  # of what its programs leave
     }
     written = Counter[str]()
     for made in found["block"]["modules"]:
