@@ -24,12 +24,22 @@ from tbcm_kernels.norm_modulate_backward import norm_modulate_backward, residual
 
 def gated_residual(h: Dual, gate: Dual, x: Dual) -> Dual:
     """h + gate x in h's dtype: h and x [B, T, D], gate [B, 1, D]. There is a tangent where all three have one."""
+    return gated_residual_and_copy(h, gate, x, h[0].dtype)[0]
+
+
+def gated_residual_and_copy(h: Dual, gate: Dual, x: Dual, dtype: torch.dtype) -> tuple[Dual, Dual]:
+    """`gated_residual`, and the same as `dtype`, for a layer that takes it so. Gradients of both are added up in one
+    pass."""
     values, tangents = zip(h, gate, x, strict=True)
     if not fused("gated_residual", *values, *tangents, unsupported=_mismatch(h, x) or unsupported(h[0], gate[0])):
-        return reference(h, gate, x)
+        y = reference(h, gate, x)
+        return y, (y[0].to(dtype), None if y[1] is None else y[1].to(dtype))
+    copied = None if dtype == h[0].dtype else dtype
     if any(tangent is None for tangent in tangents):
-        return _plain(*values), None
-    return _dual(*h, *gate, *x)
+        value, of_value = _plain(*values, copied)
+        return (value, None), (value if copied is None else of_value, None)
+    value, tangent, *copies = _dual(*h, *gate, *x, copied)
+    return (value, tangent), (value, tangent) if copied is None else (copies[0], copies[1])
 
 
 def residual_norm_modulate(
@@ -79,10 +89,11 @@ def norm_reference(
 
 @jit
 def _gated_residual_kernel(
-    h, dh, gate, dgate, x, dx, y, dy, gate_stride, dgate_stride, tokens,
+    h, dh, gate, dgate, x, dx, y, dy, copy, dcopy, gate_stride, dgate_stride, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens by COLUMNS columns of y = h + gate x; the tangent too where there is a dy, with the same value."""
+    """ROWS tokens by COLUMNS columns of y = h + gate x; the tangent too where there is a dy, with the same value; and
+    both once more where there is a copy."""
     strips: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     rows, columns = tile(ROWS, COLUMNS, VECTOR)
     first = tl.program_id(0) // strips * ROWS
@@ -98,52 +109,70 @@ def _gated_residual_kernel(
         tangent = tl.load(dh + start + at, mask=inside, other=0.0).to(WIDE)
         branch_tangent = tl.load(dx + start + at, mask=inside, other=0.0).to(WIDE)
         dg = tl.load(dgate + sample * dgate_stride + columns, mask=columns < D, other=0.0).to(WIDE)
-        tl.store(dy + start + at, tangent + (dg * branch + g * branch_tangent), mask=inside)
-    tl.store(y + start + at, value + exact_product(g, branch), mask=inside)
+        tangent = (tangent + (dg * branch + g * branch_tangent)).to(dy.dtype.element_ty)
+        tl.store(dy + start + at, tangent, mask=inside)
+        if copy is not None:
+            tl.store(dcopy + start + at, tangent, mask=inside)
+    value = (value + exact_product(g, branch)).to(y.dtype.element_ty)
+    tl.store(y + start + at, value, mask=inside)
+    if copy is not None:
+        tl.store(copy + start + at, value, mask=inside)
 
 
-def _add(h: Dual, gate: Dual, x: Dual) -> list[Tensor]:
-    """Runs the kernel: the value, followed by its tangent where there are tangents."""
+def _add(h: Dual, gate: Dual, x: Dual, copied: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs the kernel: the value, followed by its tangent where there are tangents; and the same as `copied` (None:
+    without elements)."""
     samples, tokens, width = h[0].shape
     (g, g_stride), (dg, dg_stride) = vector(gate[0]), vector(gate[1])
     streams = [None if t is None else t.contiguous() for t in (*h, *x)]
     ys = [h[0].new_empty(h[0].shape) for t in h if t is not None]
+    copies = [y.new_empty(0 if copied is None else y.shape, dtype=copied) for y in ys]
+    results = (*ys, None)[:2] + ((None, None) if copied is None else (*copies, None)[:2])
     constants = tile_constants(width, h[0], x[0])
     grid = triton.cdiv(tokens, ROWS) * triton.cdiv(width, constants["COLUMNS"]), samples
     launch(
-        _gated_residual_kernel, grid, *streams[:2], g, dg, *streams[2:], *(*ys, None)[:2], g_stride, dg_stride, tokens,
+        _gated_residual_kernel, grid, *streams[:2], g, dg, *streams[2:], *results, g_stride, dg_stride, tokens,
         **constants,
     )  # fmt: skip
-    return ys
+    return ys, copies
 
 
 @operator("tbcm::gated_residual")
-def _plain(h: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-    return _add((h, None), (gate, None), (x, None))[0]
+def _plain(h: Tensor, gate: Tensor, x: Tensor, copied: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    (y,), (copy,) = _add((h, None), (gate, None), (x, None), copied)
+    return y, copy
 
 
 @operator("tbcm::gated_residual_dual")
-def _dual(h: Tensor, dh: Tensor, gate: Tensor, dgate: Tensor, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    y, dy = _add((h, dh), (gate, dgate), (x, dx))
-    return y, dy
+def _dual(
+    h: Tensor, dh: Tensor, gate: Tensor, dgate: Tensor, x: Tensor, dx: Tensor, copied: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (y, dy), (copy, dcopy) = _add((h, dh), (gate, dgate), (x, dx), copied)
+    return y, dy, copy, dcopy
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of either: the plain operator's inputs are the dual's without their tangents."""
-    ctx.dual = len(inputs) == 6
-    _, gate, x = inputs[::2] if ctx.dual else inputs
+    ctx.dual = len(inputs) == 7
+    h, gate, x = inputs[:6:2] if ctx.dual else inputs[:3]
+    ctx.h_dtype = h.dtype
     ctx.save_for_backward(gate, x)
     ctx.set_materialize_grads(False)
     if ctx.dual:
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1::2])
 
 
-def _backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    to_h, of_copy = gradients[::2] if ctx.dual else gradients
     to_gate, to_x = None, None
-    if gradient is not None:
+    given = of_copy if to_h is None else to_h
+    if given is not None:
         gate, x = ctx.saved_tensors
-        to_x, to_gate = gated_residual_backward(gradient, gate, x)
-    return (gradient, None, to_gate, None, to_x, None) if ctx.dual else (gradient, to_gate, to_x)
+        if to_h is None:
+            to_h = torch.zeros_like(given, dtype=ctx.h_dtype)
+        to_x, to_gate, both = gated_residual_backward(to_h, of_copy, gate, x)
+        to_h = to_h if of_copy is None else both
+    return (to_h, None, to_gate, None, to_x, None, None) if ctx.dual else (to_h, to_gate, to_x, None)
 
 
 _plain.register_autograd(_backward, setup_context=_save)

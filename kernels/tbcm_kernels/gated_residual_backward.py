@@ -1,7 +1,8 @@
 """Gradients of `gated_residual`: given h's, which is that of the sum, dx = gate dh and dgate = sum x dh over tokens.
 
 A program takes a strip of columns over a run of tokens and writes what it adds to dgate once; a second pass adds what a
-sample's programs wrote, in a fixed order. h's gradient is the sum's own and is not copied.
+sample's programs wrote, in a fixed order. h's gradient is the sum's own and is not copied, but where the sum's copy has
+one too: both are added.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr):
 
 @jit
 def _gated_residual_backward_kernel(
-    gradient, gate, x, dx, partials, gate_stride, tokens,
+    gradient, of_copy, gate, x, both, dx, partials, gate_stride, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +58,9 @@ def _gated_residual_backward_kernel(
         start = (sample * tokens + first) * D
         inside = (first + rows < tokens) & (columns < D)
         dh = tl.load(gradient + start + rows * D + columns, mask=inside, other=0.0).to(WIDE)
+        if of_copy is not None:
+            dh += tl.load(of_copy + start + rows * D + columns, mask=inside, other=0.0).to(WIDE)
+            tl.store(both + start + rows * D + columns, dh, mask=inside)
         to_gate += dh * tl.load(x + start + rows * D + columns, mask=inside, other=0.0).to(WIDE)
         tl.store(dx + start + rows * D + columns, g * dh, mask=inside)
         first += ROWS
@@ -67,16 +71,20 @@ def _gated_residual_backward_kernel(
 
 
 @operator("tbcm::gated_residual_backward")
-def gated_residual_backward(gradient: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the gate."""
+def gated_residual_backward(
+    gradient: Tensor, of_copy: Tensor | None, gate: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and of the gate, given those of the sum and of its copy; and of both together, in the dtype of
+    the first (without elements where it is alone)."""
     samples, tokens, width = x.shape
     gradient, x = gradient.contiguous(), x.contiguous()
+    of_copy = None if of_copy is None else of_copy.contiguous()
     strided, stride = vector(gate)
     constants = tile_constants(width, gradient, x)
     strips, runs = triton.cdiv(width, constants["COLUMNS"]), triton.cdiv(tokens, _TILES * ROWS)
-    dx = torch.empty_like(x)
+    dx, both = torch.empty_like(x), gradient.new_empty(0 if of_copy is None else gradient.shape)
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     partials = x.new_empty((samples, runs, width), dtype=dtype)
-    arguments = gradient, strided, x, dx, partials, stride, tokens
+    arguments = gradient, of_copy, strided, x, None if of_copy is None else both, dx, partials, stride, tokens
     launch(_gated_residual_backward_kernel, (strips * runs, samples), *arguments, TILES=_TILES, **constants)
-    return dx, partials.sum(1, keepdim=True).to(gate.dtype)
+    return dx, partials.sum(1, keepdim=True).to(gate.dtype), both

@@ -39,46 +39,40 @@ SMALLEST_HEAD, LARGEST_HEAD = 16, 64
 
 
 def linear_attention(
-    query: Dual,
-    key: Dual,
-    value: Dual,
+    qkv: Dual,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     eps: float,
     heads: int,
     dtype: torch.dtype,
 ) -> Dual:
-    """ReLU linear attention over tokens, [B, T, D] each, of normalised queries and keys.
+    """ReLU linear attention over tokens, of normalised queries and keys: these and values side by side [B, T, 3 D], as
+    one projection leaves them.
 
     `norm_q`, `norm_k` [D]: weights of RMSNorms over D, with `eps` added to the mean square (None: no norm). The result
-    [B, T, D] is computed in fp32 and stored as `dtype`; it has a tangent where all three have one.
+    [B, T, D] is computed in fp32 and stored as `dtype`; it has a tangent where qkv has one.
     """
-    (q, dq), (k, dk), (v, dv) = query, key, value
-    unsupported = _unsupported(q, k, v, norm_q, eps, heads)
-    if not dispatch.fused("linear_attention", q, k, v, dq, dk, dv, norm_q, norm_k, unsupported=unsupported):
-        return reference(query, key, value, norm_q, norm_k, eps, heads, dtype)
-    if dq is None or dk is None or dv is None:
-        return _plain(q, k, v, norm_q, norm_k, eps, heads, dtype)[0], None
-    tangents = dq.detach().to(q.dtype), dk.detach().to(k.dtype), dv.detach().to(v.dtype)
-    out, tangent, _, _ = _dual(q, k, v, *tangents, norm_q, norm_k, eps, heads, dtype)
-    return out, tangent
+    value, tangent = qkv
+    unsupported = _unsupported(value, norm_q, eps, heads)
+    if not dispatch.fused("linear_attention", value, tangent, norm_q, norm_k, unsupported=unsupported):
+        return reference(qkv, norm_q, norm_k, eps, heads, dtype)
+    if tangent is None:
+        return _plain(value, norm_q, norm_k, eps, heads, dtype)[0], None
+    out, dout, _, _ = _dual(value, tangent.detach().to(value.dtype), norm_q, norm_k, eps, heads, dtype)
+    return out, dout
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor | None, eps: float, heads: int) -> str | None:
-    dim = q.shape[-1] // heads
+def _unsupported(qkv: Tensor, norm_q: Tensor | None, eps: float, heads: int) -> str | None:
+    dim = qkv.shape[-1] // 3 // heads
     if not SMALLEST_HEAD <= dim <= LARGEST_HEAD:
         return f"heads of {dim} columns, not {SMALLEST_HEAD} to {LARGEST_HEAD}"
-    if not q.shape == k.shape == v.shape or q.dim() != 3:
-        return f"queries {list(q.shape)} with keys {list(k.shape)} and values {list(v.shape)}"
     if norm_q is not None and eps <= 0:
         return f"a norm with eps of {eps}"
     return None
 
 
 def reference(
-    query: Dual,
-    key: Dual,
-    value: Dual,
+    qkv: Dual,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     eps: float,
@@ -87,23 +81,25 @@ def reference(
 ) -> Dual:
     """`linear_attention` in plain PyTorch, in fp32 whatever autocast says: in fp16 the divisor's guard, 1e-15, would be
     0, and a query whose ReLU is all zero would become NaN."""
-    with torch.autocast(query[0].device.type, enabled=False):
+    query, key, value = qkv[0].chunk(3, -1)
+    with torch.autocast(query.device.type, enabled=False):
         q, k = (
-            functional.relu(_heads(_normalised(_wide(x[0]), norm, eps), heads))
+            functional.relu(_heads(_normalised(_wide(x), norm, eps), heads))
             for x, norm in ((query, norm_q), (key, norm_k))
         )
-        v = functional.pad(_heads(_wide(value[0]), heads), (0, 1), value=1.0)  # the last column sums the weights
+        v = functional.pad(_heads(_wide(value), heads), (0, 1), value=1.0)  # the last column sums the weights
         state = k.mT @ v
         sums = q @ state
         divisor = sums[..., -1:] + 1e-15
         out = sums[..., :-1] / divisor
         tokens = _tokens(out).to(dtype)
-        if query[1] is None or key[1] is None or value[1] is None:
+        if qkv[1] is None:
             return tokens, None
         with torch.no_grad():
-            dq = _heads(_normalised_tangent(query[0], query[1], norm_q, eps), heads) * (q > 0)
-            dk = _heads(_normalised_tangent(key[0], key[1], norm_k, eps), heads) * (k > 0)
-            dv = functional.pad(_heads(_wide(value[1]), heads), (0, 1))
+            dquery, dkey, dvalue = qkv[1].chunk(3, -1)
+            dq = _heads(_normalised_tangent(query, dquery, norm_q, eps), heads) * (q > 0)
+            dk = _heads(_normalised_tangent(key, dkey, norm_k, eps), heads) * (k > 0)
+            dv = functional.pad(_heads(_wide(dvalue), heads), (0, 1))
             dsums = dq @ state + q @ (dk.mT @ v + k.mT @ dv)
             dout = (dsums[..., :-1] - out * dsums[..., -1:]) / divisor
             return tokens, _tokens(dout).to(dtype)
@@ -141,63 +137,52 @@ def _tokens(x: Tensor) -> Tensor:
 
 @operator("tbcm::linear_attention")
 def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    norm_q: Tensor | None,
-    norm_k: Tensor | None,
-    eps: float,
-    heads: int,
-    dtype: torch.dtype,
+    qkv: Tensor, norm_q: Tensor | None, norm_k: Tensor | None, eps: float, heads: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, _, scale, state = forward((query, key, value), None, norm_q, norm_k, eps, heads, dtype)
+    out, _, scale, state = forward(qkv, None, norm_q, norm_k, eps, heads, dtype)
     return out, scale, state
 
 
 @operator("tbcm::linear_attention_dual")
 def _dual(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dquery: Tensor,
-    dkey: Tensor,
-    dvalue: Tensor,
+    qkv: Tensor,
+    tangent: Tensor,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     eps: float,
     heads: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tangents = dquery, dkey, dvalue
-    out, dout, scale, state = forward((query, key, value), tangents, norm_q, norm_k, eps, heads, dtype)
+    out, dout, scale, state = forward(qkv, tangent, norm_q, norm_k, eps, heads, dtype)
     assert dout is not None
     return out, dout, scale, state
 
 
 def _save_plain(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps, ctx.heads, _ = inputs
+    qkv, norm_q, norm_k, ctx.eps, ctx.heads, _ = inputs
     _, scale, state = output
     ctx.mark_non_differentiable(scale, state)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, scale, state)
+    ctx.save_for_backward(qkv, norm_q, norm_k, scale, state)
 
 
 def _save_dual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, _, *others = inputs
     out, dout, scale, state = output
-    _save_plain(ctx, (*inputs[:3], *inputs[6:]), (out, scale, state))
+    _save_plain(ctx, (qkv, *others), (out, scale, state))
     ctx.mark_non_differentiable(dout, scale, state)
 
 
 def _plain_backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if gradient is None:
-        return (None,) * 8
+        return (None,) * 6
     gradients = iter(linear_attention_backward(gradient, *ctx.saved_tensors, ctx.eps, ctx.heads))
-    return *(None if x is None else next(gradients) for x in ctx.saved_tensors[:5]), None, None, None
+    return *(None if x is None else next(gradients) for x in ctx.saved_tensors[:3]), None, None, None
 
 
 def _dual_backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    gradients = _plain_backward(ctx, gradient)
-    return *gradients[:3], None, None, None, *gradients[3:]
+    of_qkv, *others = _plain_backward(ctx, gradient)
+    return of_qkv, None, *others
 
 
 _plain.register_autograd(_plain_backward, setup_context=_save_plain)
@@ -206,32 +191,33 @@ _dual.register_autograd(_dual_backward, setup_context=_save_dual)
 
 def inputs(size: Size, dtype: torch.dtype, device: torch.device, tangents: bool) -> tuple[Any, ...]:
     def normal() -> Tensor:
-        return torch.randn(size.samples, size.tokens, size.dim, device=device, dtype=dtype)
+        return torch.randn(size.samples, size.tokens, 3 * size.dim, device=device, dtype=dtype)
 
-    query, key, value = ((normal().requires_grad_(), normal() if tangents else None) for _ in range(3))
+    qkv = normal().requires_grad_(), normal() if tangents else None
     norm_q, norm_k = (torch.rand(size.dim, device=device).add_(0.5).requires_grad_() for _ in range(2))
-    return query, key, value, norm_q, norm_k, 1e-5, size.heads, dtype
+    return qkv, norm_q, norm_k, 1e-5, size.heads, dtype
 
 
-def cost(query: Dual, key: Dual, value: Dual, *others: Any) -> Cost:
+def cost(qkv: Dual, *others: Any) -> Cost:
     """Two products, with the state's d columns and the weights' sum; of tangents, two more each."""
     norm_q, norm_k, _, heads, dtype = others
-    duals = 1 if query[1] is None else 2
-    outs = duals * query[0].numel() * dtype.itemsize
+    duals = 1 if qkv[1] is None else 2
+    outs = duals * qkv[0].numel() // 3 * dtype.itemsize
     products = 2 if duals == 1 else 6
-    return Cost(products * _product(query[0], heads), nbytes(*query, *key, *value, norm_q, norm_k) + outs)
+    return Cost(products * _product(qkv[0], heads), nbytes(*qkv, norm_q, norm_k) + outs)
 
 
-def backward_cost(query: Dual, key: Dual, value: Dual, *others: Any) -> Cost:
+def backward_cost(qkv: Dual, *others: Any) -> Cost:
     """Five products: out again, and the gradients of queries, keys, values and the state. The tangent has none."""
     norm_q, norm_k, _, heads, dtype = others
-    gradient = query[0].numel() * dtype.itemsize
-    return Cost(5 * _product(query[0], heads), 2 * nbytes(query[0], key[0], value[0], norm_q, norm_k) + gradient)
+    gradient = qkv[0].numel() // 3 * dtype.itemsize
+    return Cost(5 * _product(qkv[0], heads), 2 * nbytes(qkv[0], norm_q, norm_k) + gradient)
 
 
-def _product(query: Tensor, heads: int) -> int:
+def _product(qkv: Tensor, heads: int) -> int:
     """Operations of a product of all tokens with the state and the sum of weights."""
-    return 2 * query.numel() * (query.shape[-1] // heads + 1)
+    numbers = qkv.numel() // 3
+    return 2 * numbers * (qkv.shape[-1] // 3 // heads + 1)
 
 
 OPERATOR = Operator(

@@ -27,7 +27,6 @@ from tbcm_kernels.linear_attention_tiles import (
     product,
     relu,
     rounded,
-    rows,
     state_product,
     store_state,
     store_tile,
@@ -37,9 +36,7 @@ from tbcm_kernels.linear_attention_tiles import (
 @operator("tbcm::linear_attention_backward")
 def linear_attention_backward(
     gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     scale: Tensor,
@@ -47,32 +44,28 @@ def linear_attention_backward(
     eps: float,
     heads: int,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and of those of norm_q and norm_k that there are, given the gradient of out and
-    what the operator saved: key's scale [B, T] and the state [B, heads, d + 1, d]."""
-    batch, tokens, width = query.shape
-    g, q, k, v = rows(gradient), rows(query), rows(key), rows(value)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (query, key, value))
-    looped, single = (constants(query, key, value, heads, loop=loop) for loop in (True, False))
+    """Gradients of qkv, and of those of norm_q and norm_k that there are, given the gradient of out and what the
+    operator saved: key's scale [B, T] and the state [B, heads, d + 1, d]."""
+    batch, tokens, width = gradient.shape
+    gradient, qkv = gradient.contiguous(), qkv.contiguous()
+    dqkv = torch.empty_like(qkv)
+    looped, single = (constants(qkv, heads, loop=loop) for loop in (True, False))
     chunks, blocks = triton.cdiv(tokens, CHUNK), triton.cdiv(tokens, single["BLOCK_T"])
     dstate = state.new_empty(batch, chunks, *state.shape[1:])
     dnorm_q = None if norm_q is None else state.new_empty(batch * chunks, width)
     dnorm_k = None if norm_k is None else state.new_empty(batch * blocks, width)
     dscale = None if norm_k is None else state.new_empty(batch, heads, tokens)
     launch(
-        _query_backward_kernel, (heads, chunks, batch),
-        g, q, norm_q, state, dq, dstate, dnorm_q, tokens, g.stride(0), q.stride(0),
+        _query_backward_kernel, (heads, chunks, batch), gradient, qkv, norm_q, state, dqkv, dstate, dnorm_q, tokens,
         EPS=eps, CHUNK=CHUNK, **looped,
     )  # fmt: skip
     dstate = dstate.sum(1)
     if dscale is not None:
-        launch(
-            _scale_backward_kernel, (heads, blocks, batch),
-            k, v, norm_k, dstate, dscale, tokens, k.stride(0), v.stride(0), **single,
-        )  # fmt: skip
+        launch(_scale_backward_kernel, (heads, blocks, batch), qkv, norm_k, dstate, dscale, tokens, **single)
         dscale = dscale.sum(1)
     launch(
-        _key_backward_kernel, (heads, blocks, batch),
-        k, v, norm_k, scale, dscale, dstate, dk, dv, dnorm_k, tokens, k.stride(0), v.stride(0), **single,
+        _key_backward_kernel, (heads, blocks, batch), qkv, norm_k, scale, dscale, dstate, dqkv, dnorm_k, tokens,
+        **single,
     )  # fmt: skip
     # What kernels leave is weight x gradient. Where a weight is zero nothing passes the ReLU.
     norms = [
@@ -80,12 +73,12 @@ def linear_attention_backward(
         for weight, partials in ((norm_q, dnorm_q), (norm_k, dnorm_k))
         if weight is not None and partials is not None
     ]
-    return [dq, dk, dv, *norms]
+    return [dqkv, *norms]
 
 
 @jit
 def _query_backward_kernel(
-    gradient, query, norm, state, dquery, dstate, dnorm, tokens, gradient_stride, query_stride,
+    gradient, qkv, norm, state, dqkv, dstate, dnorm, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -98,13 +91,13 @@ def _query_backward_kernel(
     dw = tl.zeros([BLOCK_T, BLOCK_C], WIDE)
     for start in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens), BLOCK_T):
         row, count = sample * tokens + start, tokens - start
-        q = load_tile(query, query_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
-        g = load_tile(gradient, gradient_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        q = load_tile(qkv, 0, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
+        g = load_tile(gradient, 0, row, count, head, 1, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
         u, divisor, out = attend(q, sign, s, z, norm is not None, EPS, DIM, TF32)
         h = rounded(g / divisor[:, None], TF32)
         e = -tl.sum(h * out, 1)  # of the rounded h: where all keys are alike the two terms of du still cancel
         du = tl.where(u > 0, state_product(h, tl.trans(s), TF32) + e[:, None] * z[None, :], 0.0)
-        store_tile(dquery, du * sign[None, :], HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+        store_tile(dqkv, du * sign[None, :], 0, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C)
         ds = product(tl.trans(u), h, ds, TF32)
         dz += u * e[:, None]
         if norm is not None:
@@ -119,7 +112,7 @@ def _query_backward_kernel(
 
 @jit
 def _scale_backward_kernel(
-    key, value, norm, dstate, dscale, tokens, key_stride, value_stride,
+    qkv, norm, dstate, dscale, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -128,8 +121,8 @@ def _scale_backward_kernel(
     row, count = sample * tokens + start, tokens - start
     sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
     ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
-    k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
-    v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    k = load_tile(qkv, 1, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
+    v = load_tile(qkv, 2, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
     da = state_product(v, tl.trans(ds), TF32) + dz[None, :]
     t = tl.arange(0, BLOCK_T)
     at = dscale + (sample * HEADS + head) * tokens + start + t
@@ -138,7 +131,7 @@ def _scale_backward_kernel(
 
 @jit
 def _key_backward_kernel(
-    key, value, norm, scale, dscale, dstate, dkey, dvalue, dnorm, tokens, key_stride, value_stride,
+    qkv, norm, scale, dscale, dstate, dqkv, dnorm, tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -148,8 +141,8 @@ def _key_backward_kernel(
     row, count = sample * tokens + start, tokens - start
     sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
     ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
-    k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
-    v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    k = load_tile(qkv, 1, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
+    v = load_tile(qkv, 2, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
     a = relu(k * sign[None, :])
     da = tl.where(a > 0, state_product(v, tl.trans(ds), TF32) + dz[None, :], 0.0)
     dk = da * sign[None, :]
@@ -162,5 +155,5 @@ def _key_backward_kernel(
         c = tl.arange(0, BLOCK_C)
         at = dnorm + (sample * tl.num_programs(1) + block) * (HEADS * DIM) + head * DIM + c
         tl.store(at, tl.sum(r[:, None] * a * da, 0), mask=c < DIM)
-    store_tile(dkey, dk, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
-    store_tile(dvalue, dv, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+    store_tile(dqkv, dk, 1, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C)
+    store_tile(dqkv, dv, 2, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C)

@@ -17,7 +17,6 @@ from tbcm_kernels.linear_attention_tiles import (
     product,
     relu,
     rounded,
-    rows,
     state_product,
     store_state,
     store_tile,
@@ -26,22 +25,22 @@ from tbcm_kernels.linear_attention_tiles import (
 
 @jit
 def _scale_kernel(
-    key, tangent, scale, dscale, count, stride, tangent_stride,
+    qkv, tangent, scale, dscale, count,
     DUAL: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """r, and dr, of ROWS tokens."""
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = t.to(tl.int64)[:, None]
+    key = (t.to(tl.int64)[:, None] * 3 + 1) * WIDTH
     squares = tl.zeros([ROWS, BLOCK], WIDE)
     products = tl.zeros([ROWS, BLOCK], WIDE)
     for start in range(0, WIDTH, BLOCK):
         c = start + tl.arange(0, BLOCK)[None, :]
         mask = (t[:, None] < count) & (c < WIDTH)
-        k = tl.load(key + row * stride + c, mask=mask, other=0.0).to(WIDE)
+        k = tl.load(qkv + key + c, mask=mask, other=0.0).to(WIDE)
         squares += k * k
         if DUAL:
-            products += k * tl.load(tangent + row * tangent_stride + c, mask=mask, other=0.0).to(WIDE)
+            products += k * tl.load(tangent + key + c, mask=mask, other=0.0).to(WIDE)
     r = 1.0 / tl.sqrt(tl.sum(squares, 1) / WIDTH + EPS)
     tl.store(scale + t, r, mask=t < count)
     if DUAL:
@@ -50,8 +49,7 @@ def _scale_kernel(
 
 @jit
 def _state_kernel(
-    key, dkey, value, dvalue, norm, scale, dscale, state, dstate,
-    tokens, key_stride, dkey_stride, value_stride, dvalue_stride,
+    qkv, tangent, norm, scale, dscale, state, dstate, tokens,
     DUAL: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TF32: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +61,8 @@ def _state_kernel(
     ds, dz = s, z
     for start in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, tokens), BLOCK_T):
         row, count = sample * tokens + start, tokens - start
-        k = load_tile(key, key_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
-        v = load_tile(value, value_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        k = load_tile(qkv, 1, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
+        v = load_tile(qkv, 2, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
         a = relu(k)
         if norm is not None:
             r = load_tokens(scale, row, count, BLOCK_T)
@@ -73,8 +71,8 @@ def _state_kernel(
         s = product(tl.trans(a), v, s, TF32)
         z += a
         if DUAL:
-            da = load_tile(dkey, dkey_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
-            dv = load_tile(dvalue, dvalue_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+            da = load_tile(tangent, 1, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE) * sign[None, :]
+            dv = load_tile(tangent, 2, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
             if norm is not None:
                 dr = load_tokens(dscale, row, count, BLOCK_T)
                 da = r[:, None] * da + dr[:, None] * k
@@ -90,7 +88,7 @@ def _state_kernel(
 
 @jit
 def _output_kernel(
-    query, dquery, norm, state, dstate, out, dout, tokens, query_stride, dquery_stride,
+    qkv, tangent, norm, state, dstate, out, dout, tokens,
     DUAL: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
     TF32: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -99,21 +97,21 @@ def _output_kernel(
     row, count = sample * tokens + start, tokens - start
     sign, size = load_norm(norm, head, DIM, BLOCK_C, WIDE)
     s, z = load_state(state, sample * HEADS + head, size, DIM, BLOCK_C)
-    q = load_tile(query, query_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+    q = load_tile(qkv, 0, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
     u, divisor, y = attend(q, sign, s, z, norm is not None, EPS, DIM, TF32)
-    store_tile(out, y, HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+    store_tile(out, y, 0, row, count, head, 1, HEADS, DIM, BLOCK_T, BLOCK_C)
     if DUAL:
         ds, dz = load_state(dstate, sample * HEADS + head, size, DIM, BLOCK_C)
-        dq = load_tile(dquery, dquery_stride, row, count, head, DIM, BLOCK_T, BLOCK_C, WIDE)
+        dq = load_tile(tangent, 0, row, count, head, 3, HEADS, DIM, BLOCK_T, BLOCK_C, WIDE)
         du = tl.where(u > 0, dq * sign[None, :], 0.0)
         dy = state_product(du, s, TF32) + state_product(u, ds, TF32)
         dy -= y * tl.sum(du * z[None, :] + u * dz[None, :], 1)[:, None]
-        store_tile(dout, dy / divisor[:, None], HEADS * DIM, row, count, head, DIM, BLOCK_T, BLOCK_C)
+        store_tile(dout, dy / divisor[:, None], 0, row, count, head, 1, HEADS, DIM, BLOCK_T, BLOCK_C)
 
 
 def forward(
-    values: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor, Tensor, Tensor] | None,
+    qkv: Tensor,
+    tangent: Tensor | None,
     norm_q: Tensor | None,
     norm_k: Tensor | None,
     eps: float,
@@ -121,38 +119,30 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """out and its tangent [B, T, D], key's scale [B, T] and the state [B, heads, d + 1, d], z in its last row."""
-    batch, tokens, width = values[0].shape
-    q, k, v = (rows(x) for x in values)
-    dq, dk, dv = (None, None, None) if tangents is None else (rows(x) for x in tangents)
-    dual = tangents is not None
-    looped, single = (constants(*values, heads, loop=loop) for loop in (True, False))
-    sums, dim = torch.promote_types(values[0].dtype, torch.float32), width // heads
-    out = values[0].new_empty(values[0].shape, dtype=dtype)
-    scale = values[0].new_empty((0,) if norm_k is None else (batch, tokens), dtype=sums)
+    batch, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    dual = tangent is not None
+    qkv, tangent = qkv.contiguous(), None if tangent is None else tangent.contiguous()
+    looped, single = (constants(qkv, heads, loop=loop) for loop in (True, False))
+    sums, dim = torch.promote_types(qkv.dtype, torch.float32), width // heads
+    out = qkv.new_empty(batch, tokens, width, dtype=dtype)
+    scale = qkv.new_empty((0,) if norm_k is None else (batch, tokens), dtype=sums)
     dout, dscale = (torch.empty_like(out), torch.empty_like(scale)) if dual else (None, None)
     if norm_k is not None:
         launch(
-            _scale_kernel, (triton.cdiv(batch * tokens, 8),),
-            k, dk, scale, dscale, batch * tokens, k.stride(0), _stride(dk),
+            _scale_kernel, (triton.cdiv(batch * tokens, 8),), qkv, tangent, scale, dscale, batch * tokens,
             DUAL=dual, WIDTH=width, EPS=eps, WIDE=single["WIDE"], ROWS=8, BLOCK=256,
         )  # fmt: skip
     chunks = triton.cdiv(tokens, CHUNK)
-    state = values[0].new_empty(batch, chunks, heads, dim + 1, dim, dtype=sums)
+    state = qkv.new_empty(batch, chunks, heads, dim + 1, dim, dtype=sums)
     dstate = torch.empty_like(state) if dual else None
     launch(
-        _state_kernel, (heads, chunks, batch),
-        k, dk, v, dv, norm_k, scale, dscale, state, dstate,
-        tokens, k.stride(0), _stride(dk), v.stride(0), _stride(dv),
+        _state_kernel, (heads, chunks, batch), qkv, tangent, norm_k, scale, dscale, state, dstate, tokens,
         DUAL=dual, CHUNK=CHUNK, **looped,
     )  # fmt: skip
     state, dstate = state.sum(1), None if dstate is None else dstate.sum(1)
     launch(
         _output_kernel, (heads, triton.cdiv(tokens, single["BLOCK_T"]), batch),
-        q, dq, norm_q, state, dstate, out, dout, tokens, q.stride(0), _stride(dq),
+        qkv, tangent, norm_q, state, dstate, out, dout, tokens,
         DUAL=dual, EPS=eps, **single,
     )  # fmt: skip
     return out, dout, scale, state
-
-
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

@@ -11,41 +11,37 @@ from tbcm_kernels.launch import jit, tl, triton, wide
 CHUNK = 256  # tokens that a program adds up: sums over tokens do not depend on the batch
 
 
-def constants(query: Tensor, key: Tensor, value: Tensor, heads: int, *, loop: bool) -> dict[str, Any]:
+def constants(qkv: Tensor, heads: int, *, loop: bool) -> dict[str, Any]:
     """The compile-time arguments that kernels take: for one that goes over a chunk and keeps a state in registers
     (`loop`), or for one of a block of tokens. The same for the plain and the dual operator, whose values are equal in
     all bits."""
-    dim = query.shape[-1] // heads
+    dim = qkv.shape[-1] // 3 // heads
     columns = max(16, triton.next_power_of_2(dim))
     return {
         "HEADS": heads,
         "DIM": dim,
         "BLOCK_T": max(16, (1024 if loop else 2048) // columns),
         "BLOCK_C": columns,
-        "WIDE": wide(query.dtype),
-        "TF32": all(x.element_size() == 2 for x in (query, key, value)),
+        "WIDE": wide(qkv.dtype),
+        "TF32": qkv.element_size() == 2,
         "num_warps": 4 if columns <= 32 else 8,
     }
 
 
-def rows(x: Tensor) -> Tensor:
-    """[B, T, D] -> [B T, D], a view where rows are contiguous and equally spaced."""
-    x = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-    return x if x.stride(1) == 1 else x.contiguous()
+@jit
+def load_tile(base, part, row, count, head, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+              BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """A head's columns of `count` rows from `row`, of the `part`-th of PARTS tensors side by side: zero beyond them."""
+    t, c = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    at = base + ((row + t) * PARTS + part) * (HEADS * DIM) + head * DIM + c
+    return tl.load(at, mask=(t < count) & (c < DIM), other=0.0).to(WIDE)
 
 
 @jit
-def load_tile(base, stride, row, count, head, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-              WIDE: tl.constexpr):  # fmt: skip
-    """A head's columns of `count` rows from `row`: zero beyond them."""
+def store_tile(base, x, part, row, count, head, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+               BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     t, c = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    return tl.load(base + (row + t) * stride + head * DIM + c, mask=(t < count) & (c < DIM), other=0.0).to(WIDE)
-
-
-@jit
-def store_tile(base, x, stride, row, count, head, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    t, c = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    at = base + (row + t) * stride + head * DIM + c
+    at = base + ((row + t) * PARTS + part) * (HEADS * DIM) + head * DIM + c
     tl.store(at, x.to(base.dtype.element_ty), mask=(t < count) & (c < DIM))
 
 

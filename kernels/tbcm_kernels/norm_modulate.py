@@ -42,13 +42,17 @@ def norm_modulate(x: Dual, shift: Dual, scale: Dual, eps: float, dtype: torch.dt
 
     There is a tangent where all three have one. It is as `dtype` too.
     """
+    return stream_and_norm(x, shift, scale, eps, dtype)[1]
+
+
+def stream_and_norm(x: Dual, shift: Dual, scale: Dual, eps: float, dtype: torch.dtype) -> tuple[Dual, Dual]:
+    """x, for who goes on with it, and `norm_modulate` of it. Gradients of both are added up in the norm's own pass."""
     values, tangents = zip(x, shift, scale, strict=True)
     if not fused("norm_modulate", *values, *tangents, unsupported=unsupported(x[0], shift[0], scale[0])):
-        return reference(x, shift, scale, eps, dtype)
-    if any(tangent is None for tangent in tangents):
-        return _plain(*values, eps, dtype)[0], None
-    y, dy, _ = _dual(*x, *shift, *scale, eps, dtype)
-    return y, dy
+        return x, reference(x, shift, scale, eps, dtype)
+    dual = all(tangent is not None for tangent in tangents)
+    of_value, y, dy, _ = _Norm.apply(*values, *(tangents if dual else (None,) * 3), eps, dtype)
+    return (of_value, x[1]), (y, dy)
 
 
 def unsupported(x: Tensor, *vectors: Tensor) -> str | None:
@@ -170,29 +174,42 @@ def _dual(
     return y, dy, stats
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of either: the plain operator's inputs are the dual's without their tangents."""
-    x, shift, scale = inputs[:3] if len(inputs) == 5 else inputs[:6:2]
-    ctx.save_for_backward(x, scale, output[-1])
-    ctx.shift_dtype, ctx.inputs = shift.dtype, len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Norm(torch.autograd.Function):
+    """x as it is, its norm, the tangent of that where there are tangents, and what backward needs."""
 
+    @staticmethod
+    def forward(
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        dx: Tensor | None,
+        dshift: Tensor | None,
+        dscale: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        if dx is None:
+            y, stats = _plain(x, shift, scale, eps, dtype)
+            return x.view_as(x), y, None, stats
+        return x.view_as(x), *_dual(x, dx, shift, dshift, scale, dscale, eps, dtype)
 
-def _backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    none = (None,) * ctx.inputs
-    if gradient is None:
-        return none
-    x, scale, stats = ctx.saved_tensors
-    to_x, sums = norm_modulate_backward(None, gradient, x, scale, stats)
-    gradients = to_x, sums[:, :1].to(ctx.shift_dtype), sums[:, 1:].to(scale.dtype)
-    if ctx.inputs == 5:
-        return *gradients, None, None
-    return gradients[0], None, gradients[1], None, gradients[2], None, None, None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        x, shift, scale, *_ = inputs
+        _, _, dy, stats = output
+        ctx.save_for_backward(x, scale, stats)
+        ctx.shift_dtype = shift.dtype
+        ctx.mark_non_differentiable(*(result for result in (dy, stats) if result is not None))
+        ctx.set_materialize_grads(False)
 
-
-_plain.register_autograd(_backward, setup_context=_save)
-_dual.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, to_stream: Tensor | None, to_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        others = (None,) * 5
+        if to_y is None:
+            return to_stream, None, None, *others
+        x, scale, stats = ctx.saved_tensors
+        to_x, sums = norm_modulate_backward(to_stream, to_y, x, scale, stats)
+        return to_x, sums[:, :1].to(ctx.shift_dtype), sums[:, 1:].to(scale.dtype), *others
 
 
 def cost(x: Dual, shift: Dual, scale: Dual, eps: float, dtype: torch.dtype) -> Cost:

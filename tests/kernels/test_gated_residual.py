@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tbcm_kernels.catalog import Dual
-from tbcm_kernels.gated_residual import gated_residual, norm_reference, reference, residual_norm_modulate
+from tbcm_kernels.gated_residual import (
+    gated_residual,
+    gated_residual_and_copy,
+    norm_reference,
+    reference,
+    residual_norm_modulate,
+)
 from torch import Tensor
 
 EPS = 1e-6
@@ -89,6 +95,25 @@ def test_gradients_of_the_sum(kernels: torch.device, dual: bool) -> None:
         return gated_residual(*((v, d) for v, (_, d) in zip(values, duals, strict=True)))[0]
 
     assert torch.autograd.gradcheck(value, [v for v, _ in duals], fast_mode=True)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("used", ["both", "copy"])
+def test_a_copy_of_the_sum(kernels: torch.device, used: str, dual: bool) -> None:
+    """The same numbers, rounded; the gradients of both are added up."""
+    h, x, gate, *_ = leaves(arguments(2, 3, 5, exact(kernels)), dual)
+    values = [value for value, _ in (h, gate, x)]
+
+    def gradients(y: Tensor, copy: Tensor) -> tuple[Tensor, ...]:
+        loss = copy.square().sum() + (y.sin().sum() if used == "both" else 0)
+        return torch.autograd.grad(loss, values)
+
+    (y, dy), (copy, dcopy) = gated_residual_and_copy(h, gate, x, torch.float32)
+    assert torch.equal(copy, y.float())
+    if dual:
+        assert torch.equal(dcopy, dy.float())
+    expected = added(*values)
+    torch.testing.assert_close(gradients(y, copy), gradients(expected, expected.float()), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

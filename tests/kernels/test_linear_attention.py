@@ -51,8 +51,11 @@ def mathematics(q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor | None, norm_k: 
 
 
 def run(values: list[Tensor], tangents: list[Tensor] | None, norms: Any, heads: int, dtype: torch.dtype) -> Any:
-    pairs = zip(values, tangents or (None,) * 3, strict=True)
-    return linear_attention(*pairs, *norms, EPS, heads, dtype)
+    return linear_attention(side_by_side(values, tangents), *norms, EPS, heads, dtype)
+
+
+def side_by_side(values: list[Tensor], tangents: list[Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    return torch.cat(values, -1), None if tangents is None else torch.cat(tangents, -1)
 
 
 @pytest.mark.parametrize("normed", [(True, True), (False, False), (True, False), (False, True)])
@@ -148,16 +151,15 @@ def test_a_query_keeps_its_precision_where_values_are_nearly_alike(kernels: torc
     assert (gradient - wanted).abs().max() <= 2**-7 * wanted.abs().max()
 
 
-def test_strided_views_of_one_projection(kernels: torch.device) -> None:
+def test_strided_tokens_and_gradients(kernels: torch.device) -> None:
     values, tangents, norms = draw((2, 5, 2, 16), kernels)
-    together, d_together = torch.cat(values, -1).requires_grad_(), torch.cat(tangents, -1)
-    y, dy = run(list(together.chunk(3, -1)), list(d_together.chunk(3, -1)), norms, 2, torch.float64)
+    across, d_across = (torch.cat(x, -1).mT.contiguous().mT for x in (values, tangents))
+    across.requires_grad_()
+    y, dy = linear_attention((across, d_across), *norms, EPS, 2, torch.float64)
     torch.testing.assert_close((y, dy), run(values, tangents, norms, 2, torch.float64))
-    (got,) = torch.autograd.grad(y.mean(), together)  # of an expanded gradient
-    (want,) = torch.autograd.grad(mathematics(*together.chunk(3, -1), *norms, 2).mean(), together)
+    (got,) = torch.autograd.grad(y.mean(), across)  # of an expanded gradient
+    (want,) = torch.autograd.grad(mathematics(*across.chunk(3, -1), *norms, 2).mean(), across)
     torch.testing.assert_close(got, want)
-    across = [x.mT.contiguous().mT for x in values]
-    torch.testing.assert_close(run(across, None, norms, 2, torch.float64)[0], y)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e4, 1e15])
@@ -251,10 +253,10 @@ def test_forward_mode_differentiation_takes_the_reference(kernels: torch.device)
 def test_the_reference_is_the_mathematics(kernels: torch.device) -> None:
     values, tangents, norms = draw((2, 5, 2, 8), kernels)
     expected = torch.func.jvp(lambda *x: mathematics(*x, *norms, 2), tuple(values), tuple(tangents))
-    pairs = list(zip(values, tangents, strict=True))
-    torch.testing.assert_close(reference(*pairs, *norms, EPS, 2, torch.float64), expected)
+    qkv = side_by_side(values, tangents)
+    torch.testing.assert_close(reference(qkv, *norms, EPS, 2, torch.float64), expected)
     # Heads of 8 columns have no kernel.
-    torch.testing.assert_close(linear_attention(*pairs, *norms, EPS, 2, torch.float64), expected)
+    torch.testing.assert_close(linear_attention(qkv, *norms, EPS, 2, torch.float64), expected)
 
 
 def test_what_it_costs() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tbcm_kernels import dispatch
 from tbcm_kernels.catalog import Dual
-from tbcm_kernels.norm_modulate import norm_modulate, reference
+from tbcm_kernels.norm_modulate import norm_modulate, reference, stream_and_norm
 from torch import Tensor
 
 EPS = 1e-6
@@ -71,6 +71,20 @@ def test_gradients(kernels: torch.device, samples: int, tokens: int, width: int,
 
     values = [value.detach().requires_grad_() for value, _ in given]
     assert torch.autograd.gradcheck(normed, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_gradients_of_tokens_that_go_on_are_added(kernels: torch.device, dual: bool) -> None:
+    given = arguments(2, 3, 6, exact(kernels))
+    tangents = [tangent if dual else None for _, tangent in given]
+
+    def both(*values: Tensor) -> tuple[Tensor, Tensor]:
+        (x, dx), (y, _) = stream_and_norm(*zip(values, tangents, strict=True), EPS, EXACT)
+        assert torch.equal(x, values[0]) and dx is tangents[0]
+        return x.sin() + y, x
+
+    values = [value.detach().requires_grad_() for value, _ in given]
+    assert torch.autograd.gradcheck(both, values, fast_mode=True)
 
 
 @pytest.mark.parametrize(("samples", "tokens", "width"), [(2, 18, 40), (0, 4, 8), (2, 0, 8)])

@@ -8,7 +8,7 @@ network serves teacher, sampling and training. The operators between the layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,24 @@ def dual(layer: nn.Module, x: Dual) -> Dual:
         )
     with torch.no_grad():
         return y, rule(layer, value, tangent)
+
+
+def side_by_side(layers: Sequence[nn.Module], x: Dual) -> Dual:
+    """The results of linear layers of one x, [..., N1 + N2 + ...]: of plain layers in one product, of others joined."""
+    plain: list[Any] = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is None]
+    if len(plain) < len(layers):
+        values, tangents = zip(*(dual(layer, x) for layer in layers), strict=True)
+        return torch.cat(values, -1), None if x[1] is None else torch.cat(tangents, -1)
+    weight = torch.cat([layer.weight for layer in plain])
+    y = functional.linear(x[0], weight)
+    if x[1] is None:
+        return y, None
+    with torch.no_grad():
+        return y, functional.linear(x[1], weight)
+
+
+def cast(x: Dual, dtype: torch.dtype) -> Dual:
+    return x[0].to(dtype), None if x[1] is None else x[1].to(dtype)
 
 
 def activations_dtype(x: Tensor) -> torch.dtype:

@@ -11,13 +11,13 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.sana_transformer import GLUMBConv, SanaTransformerBlock
 from tbcm_kernels.catalog import Dual
 from tbcm_kernels.cross_attention import cross_attention
-from tbcm_kernels.gated_residual import gated_residual, residual_norm_modulate
+from tbcm_kernels.gated_residual import gated_residual, gated_residual_and_copy, residual_norm_modulate
 from tbcm_kernels.glu_depthwise import glu_depthwise
 from tbcm_kernels.linear_attention import linear_attention
-from tbcm_kernels.norm_modulate import norm_modulate
+from tbcm_kernels.norm_modulate import stream_and_norm
 from torch import Tensor, nn
 
-from tbcm.models.differentiation.dual import activations_dtype, dual, pointwise
+from tbcm.models.differentiation.dual import activations_dtype, cast, dual, pointwise, side_by_side
 
 KeysValues = tuple[Tensor, Tensor]
 """A layer's cross-attention keys and values of P prompts, [P, L, D] each."""
@@ -58,10 +58,10 @@ class SanaBlock(nn.Module):
         x: Dual = (h, dh)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self._modulation((temb, dtemb))
         dtype = activations_dtype(h)
-        y = norm_modulate(x, shift, scale, plain_norm(self.norm1), dtype)
-        x = gated_residual(x, gate, self._self_attention(y, dtype))
+        x, y = stream_and_norm(x, shift, scale, plain_norm(self.norm1), dtype)
+        x, y = gated_residual_and_copy(x, gate, self._self_attention(y, dtype), dtype)
         keys, values = self.keys_values(text) if isinstance(text, Tensor) else text
-        attended = self._cross_attention(x, keys, values, bias)
+        attended = self._cross_attention(y, keys, values, bias, dtype)
         x, y = residual_norm_modulate(x, attended, None, shift_ff, scale_ff, plain_norm(self.norm2), dtype)
         return gated_residual(x, gate_ff, mix_ffn(self.ff, y, size))
 
@@ -79,16 +79,16 @@ class SanaBlock(nn.Module):
 
     def _self_attention(self, x: Dual, dtype: torch.dtype) -> Dual:
         attention: Attention = self.attn1
-        query, key, value = (dual(layer, x) for layer in (attention.to_q, attention.to_k, attention.to_v))
+        qkv = side_by_side((attention.to_q, attention.to_k, attention.to_v), x)
         (norm_q, eps), (norm_k, _) = rms_norm(attention.norm_q), rms_norm(attention.norm_k)
-        out = linear_attention(query, key, value, norm_q, norm_k, eps, attention.heads, dtype)
+        out = linear_attention(qkv, norm_q, norm_k, eps, attention.heads, dtype)
         return _clip_half(dual(attention.to_out[1], dual(attention.to_out[0], out)))
 
-    def _cross_attention(self, x: Dual, keys: Tensor, values: Tensor, bias: Tensor) -> Dual:
+    def _cross_attention(self, x: Dual, keys: Tensor, values: Tensor, bias: Tensor, dtype: torch.dtype) -> Dual:
         attention: Attention = self.attn2
         query = dual(attention.to_q, x)
         if attention.norm_q is not None:
-            query = dual(attention.norm_q, query)
+            query = cast(dual(attention.norm_q, query), dtype)  # as attention would: half of what it reads
         out = cross_attention(query, keys, values, bias, attention.heads, explicit=self.explicit)
         return dual(attention.to_out[1], dual(attention.to_out[0], out))
 

@@ -23,7 +23,7 @@ from tbcm.method.trigflow import T_MAX, flow_input, flow_output, flow_time
 from tbcm.method.types import Condition, Prediction
 from tbcm.models.differentiation.checkpointing import full_checkpoint, selective_checkpoint
 from tbcm.models.differentiation.compiling import compiled as compile_whole
-from tbcm.models.differentiation.dual import activations_dtype, dual, tangent_rule
+from tbcm.models.differentiation.dual import activations_dtype, cast, dual, tangent_rule
 from tbcm.models.differentiation.tangent import push
 from tbcm.models.sana.block import KeysValues, SanaBlock, plain_norm
 
@@ -226,10 +226,10 @@ class SanaTrigFlow(nn.Module):
         net = self.backbone
         # Elementwise, in fp32, and small: torch.func.jvp wastes nothing on them.
         x, time = push(lambda u, t: (flow_input(u, flow_time(t)), flow_time(t) * self.timestep_scale), u, t)
-        h = dual(net.patch_embed, _to(x, net.dtype))
+        h = dual(net.patch_embed, cast(x, net.dtype))
         emb = self._time_embedding(time, h[0].dtype, guidance)
         # Laid out and typed as blocks return it, or the first block would have a compiled graph of its own.
-        h = _to((h[0].contiguous(), None if h[1] is None else h[1].contiguous()), net.dtype)
+        h = cast((h[0].contiguous(), None if h[1] is None else h[1].contiguous()), net.dtype)
         return h, dual(net.time_embed.linear, dual(net.time_embed.silu, emb)), emb
 
     def _time_embedding(self, time: Dual, dtype: torch.dtype, guidance: Tensor | None) -> Dual:
@@ -237,7 +237,7 @@ class SanaTrigFlow(nn.Module):
         embed = self.backbone.time_embed
         owner = embed if self.guidance_scale is not None else embed.emb  # diffusers nests the one without guidance
         ((waves, dwaves),) = push(owner.time_proj, time)
-        waves_in = _to((waves, dwaves), dtype)
+        waves_in = cast((waves, dwaves), dtype)
         layers = owner.timestep_embedder
         emb = dual(layers.linear_2, dual(layers.act, dual(layers.linear_1, waves_in)))
         if self.guidance_scale is None:
@@ -276,7 +276,3 @@ def _run_block_by_jvp(
     block: SanaBlock, h: Dual, temb: Dual, text: Tensor | KeysValues, bias: Tensor, size: tuple[int, int]
 ) -> Dual:
     return push(lambda h, temb: block.compute(h, None, temb, None, text, bias, size)[0], h, temb)[0]
-
-
-def _to(x: Dual, dtype: torch.dtype) -> Dual:
-    return x[0].to(dtype), None if x[1] is None else x[1].to(dtype)

@@ -88,21 +88,35 @@ def test_operators_of_several_duals() -> None:
         along(lambda h, x, *d, i=i: residual_norm_modulate(h, x, None, *d, 1e-2, torch.float64)[i], h, x, shift, scale)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_side_by_side(bias: bool) -> None:
+    """In one product, or joined: results, tangents and all gradients are those of the layers by themselves."""
+    layers = [nn.Linear(4, width, bias=bias, dtype=torch.float64) for width in (3, 5)]
+    value, tangent = pair(0, 2, 4)
+    leaves = [value.requires_grad_(), *(p for layer in layers for p in layer.parameters())]
+    y, dy = rules.side_by_side(layers, (value, tangent))
+    expected = [rules.dual(layer, (value, tangent)) for layer in layers]
+    wanted = torch.cat([y for y, _ in expected], -1)
+    torch.testing.assert_close((y, dy), (wanted, torch.cat([dy for _, dy in expected], -1)))
+    assert not dy.requires_grad
+    torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (y, wanted)))
+
+
 @pytest.mark.parametrize("normed", [True, False])
 def test_linear_attention(normed: bool) -> None:
     norms = (randn(7, 6), randn(8, 6)) if normed else (None, None)
 
-    def attend(q: Dual, k: Dual, v: Dual) -> Dual:
-        return linear_attention(q, k, v, *norms, 1e-2, 2, torch.float64)
+    def attend(qkv: Dual) -> Dual:
+        return linear_attention(qkv, *norms, 1e-2, 2, torch.float64)
 
-    along(attend, pair(0, 2, 5, 6), pair(1, 2, 5, 6), pair(2, 2, 5, 6))
+    along(attend, pair(0, 2, 5, 18))
 
 
 def test_linear_attention_is_the_weighted_mean_of_the_values() -> None:
     """sum_k relu(q) . relu(k) v / sum_k relu(q) . relu(k), written as quadratic attention."""
     q, k, v = (randn(i, 2, 5, 6) for i in range(3))
     q[0, 0] = -1.0  # no positive feature: 0 over the guard
-    out, _ = linear_attention((q, None), (k, None), (v, None), None, None, 0.0, 2, torch.float64)
+    out, _ = linear_attention((torch.cat([q, k, v], -1), None), None, None, 0.0, 2, torch.float64)
     heads = [x.unflatten(-1, (2, 3)) for x in (q.relu(), k.relu(), v)]
     weights = torch.einsum("bqhd,bkhd->bhqk", heads[0], heads[1])
     expected = torch.einsum("bhqk,bkhd->bqhd", weights / (weights.sum(-1, keepdim=True) + 1e-15), heads[2])
