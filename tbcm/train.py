@@ -101,8 +101,8 @@ def train(config: Config, *, resume: bool = False, device: str | None = None) ->
         return code
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory ({error}): lower train.prompts_per_rollout or train.points_per_micro_batch, or set"
-            " student.checkpointing=full (the result is the same)"
+            f"out of GPU memory ({error}): lower train.prompts_per_rollout, train.prompts_per_micro_batch or"
+            " train.points_per_micro_batch, or set student.checkpointing=full (the result is the same)"
         ) from None
     finally:
         lock.release()

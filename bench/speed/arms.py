@@ -118,7 +118,8 @@ def overrides(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def config(model: str, arm: str, method: str, samples: int, points: int, device: torch.device) -> Config:
-    """`samples` optimised in a step: prompts with `points` - 1 points each (tbcm), or as many images (scm, sprint)."""
+    """`samples` optimised in a step: prompts with `points` - 1 points each (tbcm), or as many images (scm, sprint). A
+    GPU's teacher rolls out all prompts at once, and its student takes one after another."""
     each = points - 1 if method == "tbcm" else 1
     if samples % each and samples > each:
         raise ValueError(f"{samples} samples are no whole number of prompts with {each} points")
@@ -135,6 +136,8 @@ def config(model: str, arm: str, method: str, samples: int, points: int, device:
         "train": {"prompts_per_step": prompts},
         "log": {"preview_every": 0},
     }
+    if method == "tbcm" and device.type == "cuda" and prompts > 1:
+        tree["train"]["prompts_per_micro_batch"] = 1
     for key, value in overrides(arm, device).items():
         if key == "text.cache" and method != "tbcm":
             continue  # which encodes captions

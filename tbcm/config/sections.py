@@ -190,13 +190,31 @@ class Train(Section):
     prompts_per_rollout: PositiveInt | None = Field(
         None, description="prompts a rank rolls out at once; default: all of its own"
     )
+    prompts_per_micro_batch: PositiveInt | None = Field(
+        None, description="of which a student forward takes so many, a divisor of them; default: all"
+    )
     points_per_micro_batch: PositiveInt | None = Field(
-        None, description="route points a student forward takes of each prompt in the rollout; default: all"
+        None, description="route points a student forward takes of each of these prompts; default: all"
     )
     overlap_rollout: bool = Field(
         False, description="on CUDA: roll out the next prompts beside the student's work on these"
     )
     max_non_finite: PositiveInt = Field(20, description="non-finite updates in a row that stop the run")
+
+    @property
+    def prompts_at_once(self) -> int | None:
+        """Prompts of a batch, which the student works on; None: all of a rank's."""
+        return self.prompts_per_micro_batch or self.prompts_per_rollout
+
+    @model_validator(mode="after")
+    def _rollouts_are_whole_batches(self) -> Self:
+        rollout, batch = self.prompts_per_rollout, self.prompts_per_micro_batch
+        if rollout and batch and rollout % batch:
+            raise ValueError(
+                f"prompts_per_micro_batch={batch}: should divide prompts_per_rollout={rollout}, which is dealt out in"
+                " micro-batches"
+            )
+        return self
 
 
 class Parallel(Section):

@@ -68,6 +68,10 @@ class Trajectory:
     x0: Tensor
     guidance: Tensor
 
+    def __getitem__(self, prompts: slice) -> Trajectory:
+        x, dxdt, t = self.x[prompts], self.dxdt[prompts], self.t[prompts]
+        return Trajectory(x, dxdt, t, self.x0[prompts], self.guidance[prompts])
+
     def points(self, select: slice) -> Trajectory:
         """The route points `select` of every prompt."""
         return Trajectory(self.x[:, select], self.dxdt[:, select], self.t[:, select], self.x0, self.guidance)

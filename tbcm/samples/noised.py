@@ -47,7 +47,7 @@ class VaeLatents:
 
 
 class NoisedLatents:
-    """The baselines': noised latents, at most `prompts_per_rollout` at once (`tbcm.samples.rollouts.SampleSource`).
+    """The baselines': noised latents, at most `prompts_at_once` at once (`tbcm.samples.rollouts.SampleSource`).
 
     Every sample costs a text encoding, one teacher velocity and, unless it is precomputed, a VAE encoding. Noise and
     guidance are the very draws that TBCM makes for the same seed and step. `shapes` are those of a latent [C, h, w], of
@@ -65,13 +65,13 @@ class NoisedLatents:
         t_max: float,
         seed: int,
         prompts_per_step: int,
-        prompts_per_rollout: int | None = None,
+        prompts_at_once: int | None = None,
         device: torch.device,
     ) -> None:
         self.teacher, self.text, self.latents = teacher, text, latents
         self.shapes, self.method, self.t_max, self.seed, self.device = shapes, method, t_max, seed, device
         self.prompts_per_step = prompts_per_step
-        self.slices = local_slices(prompts_per_step, prompts_per_rollout)
+        self.slices = local_slices(prompts_per_step, prompts_at_once)
         self.batches, self.first_point, self.samples_per_prompt = len(self.slices), 0, 1
 
     def __call__(self, step: int) -> Iterator[Batch]:

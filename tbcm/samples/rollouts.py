@@ -174,11 +174,19 @@ class GuidedTeacher:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one rollout, ready to train on. `keep` [P] is the brightness filter's verdict."""
+    """Prompts that are trained on together. `keep` [P] is the brightness filter's verdict."""
 
     trajectory: Trajectory
     condition: Condition
     keep: Tensor
+
+    def __getitem__(self, prompts: slice) -> Batch:
+        return Batch(self.trajectory[prompts], self.condition[prompts], self.keep[prompts])
+
+    def dealt(self, at_once: int | None) -> Iterator[Batch]:
+        """In parts of at most so many prompts (None: whole)."""
+        for start in range(0, len(self.keep), at_once or len(self.keep)):
+            yield self[start : start + (at_once or len(self.keep))]
 
 
 class SampleSource(Protocol):
@@ -193,8 +201,9 @@ class SampleSource(Protocol):
 
 
 class TeacherRollouts:
-    """The teacher's trajectories, of at most `prompts_per_rollout` prompts at once; of each the first `first_point`
-    points are not trained on."""
+    """The teacher's trajectories, rolled out of at most `prompts_per_rollout` prompts at once and dealt out in batches
+    of at most `prompts_at_once`: a teacher fills a GPU with several prompts, of which the student's graph would not fit
+    into its memory. Of each trajectory the first `first_point` points are not trained on."""
 
     def __init__(
         self,
@@ -209,6 +218,7 @@ class TeacherRollouts:
         seed: int,
         prompts_per_step: int,
         prompts_per_rollout: int | None = None,
+        prompts_at_once: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
         self.teacher, self.text, self.prompts, self.black = teacher, text, prompts, black
@@ -216,8 +226,8 @@ class TeacherRollouts:
         self.prompts_per_step = prompts_per_step
         self._size_of = {tuple(one.shape): size for size, one in black.items()}
         self._graph = Graphed(self._trajectory, switch="teacher.cuda_graph=false", limit=GRAPHS) if cuda_graph else None
-        self.slices = local_slices(prompts_per_step, prompts_per_rollout)
-        self.batches = len(self.slices)
+        self.slices, self.prompts_at_once = local_slices(prompts_per_step, prompts_per_rollout), prompts_at_once
+        self.batches = len(local_slices(prompts_per_step, prompts_at_once or prompts_per_rollout))
         self.first_point, self.samples_per_prompt = first_point, method.route.points - first_point
 
     def __call__(self, step: int) -> Iterator[Batch]:
@@ -228,7 +238,7 @@ class TeacherRollouts:
         draws = draw(self.seed, step, self.prompts_per_step, black.shape, guidance, self._draw_routes, black.device)
         for some in self.slices:
             prompts = [drawn(self.prompts, index, epoch, self.seed) for index, epoch in places[some]]
-            yield self._batch(prompts, draws[some], image_size)
+            yield from self._batch(prompts, draws[some], image_size).dealt(self.prompts_at_once)
 
     def _draw_routes(self, stream: Stream) -> Tensor:
         route = self.method.route

@@ -18,7 +18,7 @@ from tbcm.samples.rollouts import Batch, Draws, Stream, Text, draw, draw_size
 
 
 class Starts:
-    """At most `prompts_per_rollout` prompts at once (`tbcm.samples.rollouts.SampleSource`), each with its noise: a
+    """At most `prompts_at_once` prompts at once (`tbcm.samples.rollouts.SampleSource`), each with its noise: a
     trajectory of the one point t_max, whose velocity nobody has asked for (zeros). Its x0 is that of the prompt's image
     where there are `latents`, whose captions are then the prompts; else zeros.
 
@@ -38,14 +38,14 @@ class Starts:
         t_max: float,
         seed: int,
         prompts_per_step: int,
-        prompts_per_rollout: int | None = None,
+        prompts_at_once: int | None = None,
         device: torch.device,
     ) -> None:
         self.text, self.latents = text, latents
         self.prompts = prompts if latents is None else latents.captions
         self.shapes, self.guidance, self.sigma_data, self.t_max = shapes, guidance, sigma_data, t_max
         self.seed, self.prompts_per_step, self.device = seed, prompts_per_step, device
-        self.slices = local_slices(prompts_per_step, prompts_per_rollout)
+        self.slices = local_slices(prompts_per_step, prompts_at_once)
         self.batches, self.first_point, self.samples_per_prompt = len(self.slices), 0, 1
 
     def __call__(self, step: int) -> Iterator[Batch]:

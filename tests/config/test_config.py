@@ -96,6 +96,7 @@ def test_overrides_win_and_take_yaml(tmp_path: Path) -> None:
         ("optimizer.betas=[0.9]", ["optimizer", "0.9", "3 betas"]),
         ("ema.sigma_rel=2", ["ema.sigma_rel", "2", "less than 0.28"]),
         ("student=fast", ["student", "'fast'"]),
+        ("train={prompts_per_rollout: 4, prompts_per_micro_batch: 3}", ["prompts_per_micro_batch=3", "divide", "=4"]),
         ("train.steps.more=1", ["train.steps", "integer"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("train.steps=[", ["train.steps", "YAML"]),

@@ -140,7 +140,7 @@ def test_times_are_logit_normal_and_guidance_is_drawn_from_the_configured(parts:
 
 @pytest.mark.parametrize(("at_once", "sizes"), [(1, [1] * 4), (2, [2, 2]), (3, [3, 1]), (9, [4])])
 def test_batches_in_parts_are_the_whole(parts: Parts, at_once: int, sizes: list[int]) -> None:
-    data = make(parts, prompts_per_rollout=at_once)
+    data = make(parts, prompts_at_once=at_once)
     batches = list(data(2))
     assert [len(b.keep) for b in batches] == [len(b.condition) for b in batches] == sizes
     assert data.batches == len(sizes)
@@ -156,7 +156,7 @@ def test_the_number_of_ranks_does_not_change_the_run(
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        data = make(parts, prompts_per_rollout=at_once)
+        data = make(parts, prompts_at_once=at_once)
         batches += data(5)
         assert len(data.latents.images.asked) == PER_STEP // world  # type: ignore[attr-defined]
     assert_same(batches, whole)
@@ -172,7 +172,7 @@ def trainer(out: Path, **options: Any) -> Trainer:
 
 
 def test_the_trainer_trains_on_them(tmp_path: Path) -> None:
-    whole, in_parts = trainer(tmp_path / "whole"), trainer(tmp_path / "parts", prompts_per_rollout=3)
+    whole, in_parts = trainer(tmp_path / "whole"), trainer(tmp_path / "parts", prompts_per_micro_batch=3)
     before = whole.student.backbone.proj_out.weight.detach().clone()
     for run in (whole, in_parts):
         run.run()
@@ -186,7 +186,7 @@ def test_the_trainer_trains_on_them(tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_from_the_device(parts: Parts) -> None:
-    data = make(parts, prompts_per_rollout=2)
+    data = make(parts, prompts_at_once=2)
     with NoHostSync():
         assert len(list(data(0))) == 2
     with pytest.raises(AssertionError, match="in a step"), NoHostSync():

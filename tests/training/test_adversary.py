@@ -177,7 +177,7 @@ def test_a_discriminator_whose_gradient_is_not_finite_counts_as_a_skipped_update
 
 @pytest.mark.parametrize("at_once", [None, 1])
 def test_singular_values_are_followed_once_a_step_whatever_the_batches(tmp_path: Path, at_once: int | None) -> None:
-    trainer = make(tmp_path, train={"prompts_per_rollout": at_once})
+    trainer = make(tmp_path, train={"prompts_per_micro_batch": at_once})
     (expected := copy.deepcopy(adversary_of(trainer).heads)).renew()
     wanted = dict(expected.named_buffers())
     trainer.optimizer.param_groups[0]["lr"] = 0.0

@@ -159,7 +159,7 @@ def test_batches_change_no_gradient_of_either(tmp_path: Path, monkeypatch: pytes
     same: dict[str, Any] = {"steps": 2, "adversary": {"lr": 1e-3}}
     whole = make(tmp_path / "whole", same)
     first = gradients(whole, monkeypatch)
-    parts = make(tmp_path / "parts", same, train={"prompts_per_rollout": 3})
+    parts = make(tmp_path / "parts", same, train={"prompts_per_micro_batch": 3})
     for a, b in zip(first, gradients(parts, monkeypatch), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)
     for name in ("fake", "discriminator"):

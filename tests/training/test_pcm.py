@@ -107,7 +107,7 @@ def test_with_an_adversary_the_gradient_has_its_weighted_own(tmp_path: Path, mon
 def test_micro_batches_change_no_gradient_of_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(tmp_path / "whole", {"adversary": ADVERSARY})
     first = gradients(whole, monkeypatch)
-    for i, train in enumerate(({"prompts_per_rollout": 3}, {"points_per_micro_batch": 3})):
+    for i, train in enumerate(({"prompts_per_micro_batch": 3}, {"points_per_micro_batch": 3})):
         parts = make(tmp_path / str(i), {"adversary": ADVERSARY}, train=train)
         for a, b in zip(first, gradients(parts, monkeypatch), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)

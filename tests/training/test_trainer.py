@@ -109,7 +109,13 @@ def test_micro_batches_and_accumulation_give_the_gradient_of_the_whole_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gradients(make(tmp_path), monkeypatch)
-    for train in ({"prompts_per_rollout": 1}, {"points_per_micro_batch": 2}, {"prompts_per_rollout": 3}):
+    for train in (
+        {"prompts_per_rollout": 1},
+        {"points_per_micro_batch": 2},
+        {"prompts_per_rollout": 3},
+        {"prompts_per_micro_batch": 1, "points_per_micro_batch": 2},
+        {"prompts_per_rollout": 2, "prompts_per_micro_batch": 1},
+    ):
         parts = gradients(make(tmp_path, train=train), monkeypatch)
         for a, b in zip(whole, parts, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
@@ -151,6 +157,38 @@ def test_prompts_come_in_the_same_order_whatever_the_rollout(tmp_path: Path) -> 
     torch.testing.assert_close(
         torch.cat([b.trajectory.x0 for b in parts]), whole[0].trajectory.x0, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("at_once", "of_rollout", "batches"),
+    [(None, None, [4]), (None, 3, [3, 1]), (3, None, [3, 1]), (2, 1, [1, 1, 1, 1]), (3, 3, [3, 1])],
+)
+def test_a_rollout_is_dealt_out_in_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int | None, of_rollout: int | None, batches: list[int]
+) -> None:
+    """The teacher is asked for all prompts of a rollout at once, and what it answers is the very tensors."""
+    train = {"prompts_per_rollout": at_once, "prompts_per_micro_batch": of_rollout}
+    trainer, asked = make(tmp_path, train=train), []
+    guided = trainer.teacher.guided
+
+    def counted(*arguments: Any) -> Any:
+        velocity = guided(*arguments)
+        return lambda u, t: (asked.append(len(u)), velocity(u, t))[1]
+
+    monkeypatch.setattr(trainer.teacher, "guided", counted)
+    made = list(trainer.source(3))
+    assert [len(b.keep) for b in made] == batches and trainer.source.batches == len(batches)
+    rollouts = [4] if at_once is None else [at_once, 4 - at_once]
+    points = trainer.config.method.points
+    assert asked == [prompts for prompts in rollouts for _ in range(points)]
+
+    whole = list(make(tmp_path, train={"prompts_per_rollout": at_once}).source(3))
+    for name in ("x", "dxdt", "t", "x0", "guidance"):
+        a, b = (torch.cat([getattr(batch.trajectory, name) for batch in each]) for each in (made, whole))
+        assert torch.equal(a, b)
+    assert torch.equal(*(torch.cat([batch.keep for batch in each]) for each in (made, whole)))
+    texts = (torch.cat([batch.condition.tensors["embeds"] for batch in each]) for each in (made, whole))
+    assert torch.equal(*texts)
 
 
 def test_the_average_student_moves_and_is_saved(tmp_path: Path) -> None:

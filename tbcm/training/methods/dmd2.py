@@ -45,7 +45,7 @@ class Dmd2(Method):
         self.timesteps = Timesteps(parts.teacher.t_max, settings.noise.shift)
         with _disable_current_modes():  # numbers, in a step that is only traced too
             self.times = student_times(settings.steps, parts.teacher.t_max)
-        self.slices = local_slices(train.prompts_per_step, train.prompts_per_rollout)
+        self.slices = local_slices(train.prompts_per_step, train.prompts_at_once)
         self.size_of = {tuple(black.shape): size for size, black in parts.black.items()}
         self.fake = Fake(config, settings.fake, device, parts)
         self.adversary: Adversary | None = None
@@ -65,7 +65,7 @@ class Dmd2(Method):
             t_max=parts.teacher.t_max,
             seed=train.seed,
             prompts_per_step=train.prompts_per_step,
-            prompts_per_rollout=train.prompts_per_rollout,
+            prompts_at_once=train.prompts_at_once,
             device=device,
         )
 

@@ -28,7 +28,7 @@ class Pcm(Lcm):
 
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         super().__init__(config, device, parts)
-        self.slices = local_slices(config.train.prompts_per_step, config.train.prompts_per_rollout)
+        self.slices = local_slices(config.train.prompts_per_step, config.train.prompts_at_once)
         self.adversary: Adversary | None = None
         self._last_term = 0
         if self.settings.adversary:

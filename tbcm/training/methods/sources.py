@@ -28,6 +28,7 @@ def teacher_rollouts(
         seed=train.seed,
         prompts_per_step=train.prompts_per_step,
         prompts_per_rollout=train.prompts_per_rollout,
+        prompts_at_once=train.prompts_at_once,
         cuda_graph=parts.teacher.capturable and switch(config.teacher.cuda_graph, device),
     )
 
@@ -47,5 +48,5 @@ def noised_latents(
         t_max=parts.teacher.t_max,
         seed=train.seed,
         prompts_per_step=train.prompts_per_step,
-        prompts_per_rollout=train.prompts_per_rollout,
+        prompts_at_once=train.prompts_at_once,
     )

@@ -70,7 +70,7 @@ class Sprint(Scm):
     def __init__(self, config: Config, device: torch.device, parts: Parts) -> None:
         super().__init__(config, device, parts)
         self.device, self.t_max = device, parts.teacher.t_max
-        self.slices = local_slices(config.train.prompts_per_step, config.train.prompts_per_rollout)
+        self.slices = local_slices(config.train.prompts_per_step, config.train.prompts_at_once)
         self.adversary = build_adversary(config, self.settings.adversary, device, parts)
 
     def terms(self, student: Network, batch: Batch, index: int, step: int) -> list[Term]:
