@@ -6,13 +6,14 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tbcm.runtime.commit import commit
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ def facts() -> Row:
         "cpu": f"{_cpu()} ({torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _commit(),
+        "commit": commit(".", ":(exclude)bench/results"),
     }
 
 
@@ -66,17 +67,3 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit, with a "+" where the working tree differs from it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":(exclude)results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import tbcm
+from tbcm.runtime.commit import commit
 
 SPEED = {
     "throughput": "images/s at the batch, without text and decoding",
@@ -53,7 +52,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     packages = ("torch", "diffusers", "transformers")
     return {
         "tbcm": tbcm.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         **{package: importlib.metadata.version(package) for package in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
@@ -73,18 +72,3 @@ def table(report: Mapping[str, Any]) -> str:
         lines += ["", "to read them beside (kid and fid: two disjoint halves of the real images, n each):"]
         lines += [f"{name:<{width}}{value:>11.4g}" for name, value in report["floor"].items()]
     return "\n".join(lines)
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package is in, if it is in one; with a "+" where files differ from it."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "tbcm") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
