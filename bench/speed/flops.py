@@ -55,11 +55,12 @@ def _twin(config: Config) -> Config:
 
 
 def _key(config: Config) -> str:
-    """A name for people, and a digest of all that the twin's work depends on, which no path is. What is as by default
-    is left out, so that a new setting changes no digest."""
+    """A name for people, and a digest of all that the twin's work depends on, which no path is, nor how products are
+    divided. What is as by default is left out, so that a new setting changes no digest."""
     twin = _twin(config).model_dump(mode="json", exclude_defaults=True)
     twin = {name: section for name, section in twin.items() if name not in _NO_WORK}
-    twin["teacher"].pop("path")
+    for section, name in (("teacher", "path"), ("teacher", "flash"), ("train", "prompts_per_micro_batch")):
+        twin.get(section, {}).pop(name, None)
     twin["text"]["cache"] = twin["text"].get("cache") is not None
     digest = hashlib.sha256(json.dumps(twin, sort_keys=True).encode()).hexdigest()[:12]
     return f"{config.teacher.architecture} {config.method.name} {config.train.prompts_per_step} prompts {digest}"

@@ -173,5 +173,7 @@ def _launch(
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """An H100's where kernels are not run on a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """An H100's where there is no GPU: tensors on one may be only traced there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
