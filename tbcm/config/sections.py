@@ -191,7 +191,7 @@ class Train(Section):
         None, description="prompts a rank rolls out at once; default: all of its own"
     )
     prompts_per_micro_batch: PositiveInt | None = Field(
-        None, description="of which a student forward takes so many, a divisor of them; default: all"
+        None, description="prompts of a rollout that a student forward takes: a divisor of their number; default: all"
     )
     points_per_micro_batch: PositiveInt | None = Field(
         None, description="route points a student forward takes of each of these prompts; default: all"
