@@ -262,11 +262,6 @@ class Pcm(Discrete):
         return self.adversary
 
     @property
-    def default_steps(self) -> int:
-        """In how many the student is sampled where nothing is said."""
-        return self.jumps
-
-    @property
     def jumps(self) -> int:
         return self.phases
 
