@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline
 from helpers import TINY, tiny_sana
@@ -22,6 +23,7 @@ from tbcm.samples.rollouts import TextConditions
 from tbcm.setup.networks import build_student
 from tbcm.setup.parts import Parts
 from tbcm.setup.precision import switch
+from tbcm.training.trainer import Trainer
 
 PROMPTS = [f"{colour} {thing}" for colour in ("red", "green", "blue") for thing in ("cat", "dog", "sun")]
 
@@ -145,3 +147,18 @@ def write_config(path: Path, teacher: Path, prompts: Path, out: Path, **sections
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The student's, of one step, before clipping: of every weight."""
+    found: list[Tensor] = []
+
+    def keep() -> tuple[Tensor, Tensor]:
+        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
+        return torch.ones(()), torch.tensor(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.update, "clip", keep)
+        trainer.train_step()
+    assert len(found) == len(trainer.parameters)
+    return found

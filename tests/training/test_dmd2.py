@@ -9,7 +9,7 @@ import pytest
 import torch
 from end_state import differences
 from helpers import NoHostSync
-from tiny import PROMPTS, TinyLatents, metrics, tiny_config, tiny_parts
+from tiny import PROMPTS, TinyLatents, gradients, metrics, tiny_config, tiny_parts
 from torch import Tensor
 
 from tbcm.errors import UserError
@@ -35,21 +35,6 @@ def make(out: Path, method: dict[str, Any] | None = None, **sections: Any) -> Tr
 def method_of(trainer: Trainer) -> Dmd2:
     assert isinstance(trainer.method, Dmd2)
     return trainer.method
-
-
-def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The student's, of one step, before clipping."""
-    found: list[Tensor] = []
-
-    def keep() -> tuple[Tensor, Tensor]:
-        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
-        return torch.ones(()), torch.tensor(True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.update, "clip", keep)
-        trainer.train_step()
-    assert len(found) == len(trainer.parameters)
-    return found
 
 
 def drawn(name: str, *shape: int, uniform: bool = False) -> Tensor:

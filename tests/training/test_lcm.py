@@ -9,7 +9,7 @@ import pytest
 import torch
 from end_state import differences
 from helpers import NoHostSync
-from tiny import metrics, tiny_config, tiny_parts
+from tiny import gradients, metrics, tiny_config, tiny_parts
 from torch import Tensor
 
 from tbcm.errors import UserError
@@ -34,20 +34,6 @@ def target_of(trainer: Trainer) -> dict[str, Tensor]:
     target = method_of(trainer).target
     assert target is not None
     return dict(target.net.named_parameters())
-
-
-def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The gradient of one step, before clipping."""
-    found: list[Tensor] = []
-
-    def keep() -> tuple[Tensor, Tensor]:
-        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
-        return torch.ones(()), torch.tensor(True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.update, "clip", keep)
-        trainer.train_step()
-    return found
 
 
 @pytest.mark.parametrize("method", [{}, {"target_decay": 0}, {"samples": "images"}], ids=["target", "itself", "images"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import NoHostSync
-from tiny import metrics, tiny_config, tiny_parts
+from tiny import gradients, metrics, tiny_config, tiny_parts
 from torch import Tensor
 
 from tbcm.config import Config
@@ -46,20 +46,6 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     different = [k for k in a if not torch.equal(a[k], b[k])]
     assert not different
-
-
-def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The gradient of one step, before clipping."""
-    found: list[Tensor] = []
-
-    def keep() -> tuple[Tensor, Tensor]:
-        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
-        return torch.ones(()), torch.tensor(True)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.update, "clip", keep)
-        trainer.train_step()
-    return found
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])
